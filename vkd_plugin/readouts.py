@@ -1,0 +1,82 @@
+"""Readouts: from what a layer puts out to the (N, C) rows that a projector and a loss work on.
+
+A convolutional teacher puts out feature maps (B, C, H, W), a transformer student tokens (B, T, C) whose
+first ``num_prefix_tokens`` are class and distillation tokens. A readout says which rows are compared.
+
+Legend: B images, T tokens (prefix tokens included), H x W locations, C channels.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .suggest import nearest
+
+
+def _check(x: Tensor, dims: int, layout: str, name: str) -> None:
+    if x.dim() != dims:
+        raise ValueError(f"readout '{name}' reads {layout}, got a tensor of shape {tuple(x.shape)}")
+
+
+def identity(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """What the layer puts out, unchanged."""
+    return x
+
+
+def mean_patch_tokens(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, T, C) to (B, C): the mean over the patch tokens, prefix tokens left out (the paper's student feature)."""
+    _check(x, 3, "tokens (B, T, C)", "mean_patch_tokens")
+    if num_prefix_tokens >= x.shape[1]:
+        raise ValueError(f"num_prefix_tokens={num_prefix_tokens} leaves none of the {x.shape[1]} tokens")
+    return x[:, num_prefix_tokens:].mean(dim=1)
+
+
+def class_token(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, T, C) to (B, C): the first token."""
+    _check(x, 3, "tokens (B, T, C)", "class_token")
+    return x[:, 0]
+
+
+def distillation_token(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, T, C) to (B, C): the second token (DeiT's distillation token)."""
+    _check(x, 3, "tokens (B, T, C)", "distillation_token")
+    if x.shape[1] < 2:
+        raise ValueError("readout 'distillation_token' reads the second token, got one token only")
+    return x[:, 1]
+
+
+def every_token(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, T, C) to (B * (T - num_prefix_tokens), C): every patch token is a row."""
+    _check(x, 3, "tokens (B, T, C)", "every_token")
+    return x[:, num_prefix_tokens:].reshape(-1, x.shape[-1])
+
+
+def spatial_mean(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, C, H, W) to (B, C): global average pooling (the paper's teacher feature)."""
+    _check(x, 4, "a feature map (B, C, H, W)", "spatial_mean")
+    return x.mean(dim=(2, 3))
+
+
+def every_location(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, C, H, W) to (B * H * W, C): every location is a row, in row-major order."""
+    _check(x, 4, "a feature map (B, C, H, W)", "every_location")
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+READOUTS: dict[str, Callable[..., Tensor]] = {
+    f.__name__: f
+    for f in (
+        identity, mean_patch_tokens, class_token, distillation_token, every_token, spatial_mean, every_location,
+    )
+}  # fmt: skip
+
+
+def get_readout(name: str) -> Callable[..., Tensor]:
+    """The readout called ``name``.
+
+    Raises:
+        ValueError: no such readout; the message names the nearest one.
+    """
+    if name not in READOUTS:
+        raise ValueError(f"no readout '{name}'{nearest(name, READOUTS)}")
+    return READOUTS[name]

@@ -1,0 +1,240 @@
+"""torchdistill's boxes under our engine: its sections and keys, with the engine's guarantees.
+
+The boxes build models, hooks, criterion, optimizer and scheduler from the YAML as torchdistill does. What differs:
+
+* data loaders address their randomness (:mod:`vkd_plugin.engine.loaders`);
+* under several processes whatever trains is in DistributedDataParallel, on CPUs too;
+* each loss term is seen (:class:`TermMeter`), without a device synchronisation;
+* the optimizer step knows gradient scaling, and leaves out gradient averaging between accumulated batches.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ReduceLROnPlateau
+from torchdistill.common.module_util import check_if_wrapped
+from torchdistill.core.distillation import DistillationBox, MultiStagesDistillationBox
+from torchdistill.core.training import MultiStagesTrainingBox, TrainingBox
+from torchdistill.losses.high_level import AbstractLoss
+from torchdistill.models.wrapper import AuxiliaryModelWrapper
+
+from ..errors import UserError
+from .precision import Precision
+
+
+class TermMeter:
+    """The value of each loss term at the present step, and its mean over the epoch.
+
+    Values are taken by forward hooks on the criterion's terms and stay on the device until they are read.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[str, float] = {}
+        self.now: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def attach(self, criterion: nn.Module) -> None:
+        """Watches the terms of a torchdistill criterion (nothing where it has none)."""
+        self.weights.clear()
+        if not isinstance(criterion, AbstractLoss):
+            return
+        for name, (term, weight) in criterion.term_dict.items():
+            self.weights[name] = weight
+            term.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, value: Any) -> None:
+            if isinstance(value, Tensor):
+                self.now[name] = value.detach().float()
+
+        return hook
+
+    def count(self, loss: Tensor) -> None:
+        """Takes the step's total loss and terms into the epoch's sums."""
+        self.now["loss"] = loss.detach().float()
+        for name, value in self.now.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._count += 1
+
+    def epoch_means(self) -> dict[str, Tensor]:
+        """Mean over the steps counted since the last call, ``loss`` and each term by name, as device scalars."""
+        means = {name: value / max(self._count, 1) for name, value in self._sums.items()}
+        self._sums, self.now, self._count = {}, {}, 0
+        return means
+
+
+class EngineBox:
+    """Mixed into each of torchdistill's boxes; see the module's docstring.
+
+    Args:
+        load: builds data loaders, called like ``torchdistill.datasets.util.build_data_loaders``.
+        precision: autocast and gradient scaler.
+        terms: sees the loss terms.
+        args: arguments of torchdistill's box.
+    """
+
+    def __init__(
+        self, load: Callable[..., list[Any]], precision: Precision, terms: TermMeter, *args: Any
+    ) -> None:
+        self._load = load
+        self.precision = precision
+        self.terms = terms
+        self.optimizer_steps = 0
+        self._own_post_forward: Callable[..., None] | None = None
+        super().__init__(*args)
+
+    # What differs between torchdistill's box with a teacher and its box without one.
+
+    @property
+    def student(self) -> nn.Module:
+        """What trains: student, wrapper and DistributedDataParallel, whichever are there."""
+        return self.student_model if isinstance(self, DistillationBox) else self.model  # type: ignore[attr-defined]
+
+    @property
+    def bare_student(self) -> nn.Module:
+        """The student alone, under its own names."""
+        return self.org_student_model if isinstance(self, DistillationBox) else self.org_model  # type: ignore[attr-defined]
+
+    @property
+    def wrapper(self) -> nn.Module | None:
+        """The student's auxiliary wrapper, if it has one."""
+        inner = self.student.module if check_if_wrapped(self.student) else self.student
+        return inner if isinstance(inner, AuxiliaryModelWrapper) else None  # type: ignore[return-value]
+
+    # Set-up, called by torchdistill for each stage.
+
+    def setup_data_loaders(self, train_config: dict[str, Any]) -> None:
+        """Train and validation loaders of the stage; a stage without them keeps those of the one before."""
+        configs = [
+            {"requires_supp": True, **(train_config.get("train_data_loader") or {})},
+            train_config.get("val_data_loader") or {},
+        ]
+        train, val = self._load(self.dataset_dict, configs, self.distributed, None)  # type: ignore[attr-defined]
+        self.train_data_loader = train if train is not None else self.train_data_loader
+        self.val_data_loader = val if val is not None else self.val_data_loader
+
+    def setup_loss(self, train_config: dict[str, Any]) -> None:
+        """The criterion, its terms watched, and what it holds on the device (torchdistill leaves it behind)."""
+        super().setup_loss(train_config)  # type: ignore[misc]
+        self.terms.attach(self.criterion)
+        if isinstance(self.criterion, AbstractLoss):
+            for term, _ in self.criterion.term_dict.values():
+                term.to(self.device)  # type: ignore[attr-defined]
+
+    def setup_pre_post_processes(self, train_config: dict[str, Any]) -> None:
+        """Notes a post-forward process of the user's own, which then replaces the engine's."""
+        super().setup_pre_post_processes(train_config)  # type: ignore[misc]
+        base = DistillationBox if isinstance(self, DistillationBox) else TrainingBox
+        own = train_config.get("post_forward_process") is not None
+        self._own_post_forward = base.post_forward_process if own else None
+        if own and self.precision.scaler.is_enabled():
+            raise UserError("a post_forward_process of one's own cannot be combined with amp: {dtype: float16}")
+
+    def setup(self, train_config: dict[str, Any]) -> None:
+        """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
+        super().setup(train_config)  # type: ignore[misc]
+        model = self.student
+        if self.distributed and _needs_ddp(model):  # type: ignore[attr-defined]
+            frozen = any(not p.requires_grad for p in model.parameters())
+            wrapped = DistributedDataParallel(
+                model, device_ids=self.device_ids, find_unused_parameters=frozen  # type: ignore[attr-defined]
+            )
+            if isinstance(self, DistillationBox):
+                self.student_model = wrapped
+            else:
+                self.model = wrapped
+
+    # A step.
+
+    def forward_process(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Teacher, student and criterion under autocast; gradients are averaged once per optimizer step."""
+        last = (self.stage_grad_count + 1) % self.grad_accum_step == 0  # type: ignore[attr-defined]
+        model = self.student
+        averaging = model.no_sync() if not last and isinstance(model, DistributedDataParallel) else nullcontext()
+        with averaging, self.precision.autocast():
+            return super().forward_process(*args, **kwargs)  # type: ignore[misc]
+
+    def post_forward_process(self, loss: Tensor, metrics: Any = None, **kwargs: Any) -> None:
+        """Backward, and at the end of an accumulation: unscale, clip, step, scheduler. torchdistill's semantics."""
+        if self._own_post_forward is not None:
+            self._own_post_forward(self, loss=loss, metrics=metrics, **kwargs)
+            self.optimizer_steps += 1
+            return
+        self.stage_grad_count += 1
+        scaler, optimizer = self.precision.scaler, self.optimizer  # type: ignore[attr-defined]
+        scaler.scale(loss / self.grad_accum_step).backward()  # type: ignore[attr-defined]
+        stepped = self.stage_grad_count % self.grad_accum_step == 0  # type: ignore[attr-defined]
+        if stepped:
+            if self.max_grad_norm is not None:  # type: ignore[attr-defined]
+                scaler.unscale_(optimizer)
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)  # type: ignore[attr-defined]
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            self.optimizer_steps += 1
+        scheduler, every = self.lr_scheduler, self.scheduling_step  # type: ignore[attr-defined]
+        if scheduler is not None and every > 0 and stepped and self.stage_grad_count % every == 0:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(metrics)
+            elif isinstance(scheduler, CosineAnnealingWarmRestarts):
+                scheduler.step(self.stage_grad_count // every)
+            else:
+                scheduler.step()
+
+    def post_epoch_process(self, *args: Any, **kwargs: Any) -> None:
+        """torchdistill's, which does not see an auxiliary wrapper inside DistributedDataParallel."""
+        wrapper = self.wrapper
+        if wrapper is not None and wrapper is not self.student:
+            wrapper.post_epoch_process()  # type: ignore[operator]
+        super().post_epoch_process(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Training(EngineBox, TrainingBox):
+    pass
+
+
+class _StagedTraining(EngineBox, MultiStagesTrainingBox):
+    pass
+
+
+class _Distillation(EngineBox, DistillationBox):
+    pass
+
+
+class _StagedDistillation(EngineBox, MultiStagesDistillationBox):
+    pass
+
+
+def build_box(
+    load: Callable[..., list[Any]],
+    precision: Precision,
+    terms: TermMeter,
+    teacher: nn.Module | None,
+    student: nn.Module,
+    *args: Any,
+) -> EngineBox:
+    """The box for a configuration: with or without teacher, one stage or several.
+
+    Args:
+        load, precision, terms: see :class:`EngineBox`.
+        teacher: None trains the student alone.
+        student: the bare student.
+        args: ``dataset_dict, train_config, device, device_ids, distributed, lr_factor`` as torchdistill takes them.
+    """
+    staged = "stage1" in args[1]
+    if teacher is None:
+        return (_StagedTraining if staged else _Training)(load, precision, terms, student, *args)
+    return (_StagedDistillation if staged else _Distillation)(load, precision, terms, teacher, student, *args)
+
+
+def _needs_ddp(model: nn.Module) -> bool:
+    """Whether gradients of ``model`` would stay on their process. Other wrappers of torchdistill bring their DDP."""
+    if check_if_wrapped(model) or any(check_if_wrapped(m) for m in model.modules()):
+        return False
+    return any(p.requires_grad for p in model.parameters())
+

@@ -1,0 +1,28 @@
+"""An exponential moving average of the student's weights, evaluated beside the student."""
+
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+class StudentEMA:
+    """Average of the student after each optimizer step: w_ema = decay * w_ema + (1 - decay) * w.
+
+    Floating point buffers (BatchNorm statistics) are averaged like weights.
+
+    Args:
+        student: the bare student; it is copied, on its own device.
+        decay: 0 < decay < 1.
+    """
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        self.averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.averaged.eval()
+
+    @property
+    def model(self) -> nn.Module:
+        """The averaged student."""
+        return self.averaged.module
+
+    def update(self, student: nn.Module) -> None:
+        """Takes in the student as it is after a step."""
+        self.averaged.update_parameters(student)

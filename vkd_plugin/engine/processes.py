@@ -1,0 +1,105 @@
+"""The process group: one process, or N of them under torchrun (or Slurm), on CPUs or GPUs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among its peers.
+
+    Args:
+        rank: 0 for the main process, the one that writes files.
+        world_size: number of processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def distributed(self) -> bool:
+        """Whether a process group is there (also with a single process under torchrun)."""
+        return dist.is_initialized()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to the terminal."""
+        return self.rank == 0
+
+    @property
+    def device_ids(self) -> list[int] | None:
+        """What DistributedDataParallel takes: the one GPU of this process, or None on the CPU."""
+        return [self.device.index or 0] if self.device.type == "cuda" and self.distributed else None
+
+    def barrier(self) -> None:
+        """Waits for the other processes."""
+        if self.distributed:
+            dist.barrier()
+
+
+@contextmanager
+def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Processes]:
+    """Joins the process group that the launcher describes in the environment, and leaves it at the end.
+
+    torchdistill's own initialisation knows NCCL on CUDA only; here gloo serves the CPU.
+
+    Args:
+        device: ``'cpu'``, ``'cuda'``, ``'cuda:N'``; None takes CUDA where it is.
+        dist_url: how the processes meet (``--dist_url``).
+
+    Raises:
+        UserError: a device that does not exist.
+    """
+    rank, world_size, local_rank = _launched()
+    chosen = _device(device, local_rank if world_size is not None else None)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size is not None:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, init_method=dist_url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
+        )
+    try:
+        yield Processes(rank, world_size or 1, chosen)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _launched() -> tuple[int, int | None, int]:
+    """Rank, world size (None without a launcher) and local rank, as torchrun or Slurm's srun say."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0))
+    return 0, None, 0
+
+
+def _device(name: str | None, local_rank: int | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device (use cpu, cuda or cuda:N)") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA device is available here (use --device cpu)")
+        if device.index is None:
+            device = torch.device("cuda", local_rank or 0)
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+    elif device.type != "cpu":
+        raise UserError(f"--device {name}: training runs on cpu or cuda")
+    return device

@@ -1,0 +1,369 @@
+"""The auxiliary model wrapper that gives a student its projected features.
+
+torchdistill hooks modules of the wrapper; the student lives under ``model``, the projected features under
+``features``: ``forward_hook: {output: ['model.head', 'features.tokens']}``.
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchdistill.common.file_util import check_if_exists
+from torchdistill.models.util import load_module_ckpt, save_module_ckpt
+from torchdistill.models.wrapper import AuxiliaryModelWrapper
+
+from .host import Setup, current_setup
+from .projectors import OrthogonalProjector, build_projector
+from .readouts import get_readout
+from .suggest import nearest
+
+_PREFIX_READOUTS = ("mean_patch_tokens", "every_token")
+
+
+class ProjectedFeature(nn.Module):
+    """One distilled feature: what a module of the student puts out, read out as rows, projected.
+
+    Args:
+        module_path: where the feature is taken, a path below the student.
+        io: ``'output'`` or ``'input'`` of that module.
+        readout: one of :data:`vkd_plugin.readouts.READOUTS`.
+        num_prefix_tokens: class and distillation tokens in front of the patch tokens.
+        projector: maps the last dimension from student to teacher channels.
+    """
+
+    def __init__(
+        self, module_path: str, io: str, readout: str, num_prefix_tokens: int, projector: nn.Module
+    ) -> None:
+        super().__init__()
+        self.module_path = module_path
+        self.io = io
+        self.readout = readout
+        self.num_prefix_tokens = num_prefix_tokens
+        self.projector = projector
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whatever the module puts out to (N, C_teacher) rows."""
+        return self.projector(get_readout(self.readout)(x, self.num_prefix_tokens))
+
+    def extra_repr(self) -> str:
+        return f"{self.io} of '{self.module_path}', readout={self.readout}"
+
+
+class _Captured:
+    """What the wrapper's taps saw during one of its own forward passes.
+
+    The taps stay on the student for good and are copied with it (EMA), so they must do nothing, and hold no
+    memory, when the student runs outside of the wrapper.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+        self.values: dict[tuple[str, str], Any] = {}
+
+
+class _Tap:
+    """Forward hook that keeps a module's input or output. An object, not a closure: it is copied with its student."""
+
+    def __init__(self, captured: _Captured, path: str, io: str) -> None:
+        self.captured = captured
+        self.path = path
+        self.io = io
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.captured.active:
+            self.captured.values[self.path, self.io] = output if self.io == "output" else args[0]
+
+
+class ProjectedStudent(AuxiliaryModelWrapper):
+    """A student with any number of projected features, for torchdistill's ``auxiliary_model_wrapper``.
+
+    Student and projectors run in one ``forward``, so one DistributedDataParallel around the wrapper averages
+    all of their gradients. The wrapper's ``state_dict`` is the student's own, under the student's own names
+    (what torchdistill saves loads back into the bare student); the projectors have theirs
+    (:meth:`projector_state_dict`).
+
+    .. code-block:: YAML
+
+        student:
+          auxiliary_model_wrapper:
+            key: 'ProjectedStudent'
+            kwargs:
+              features:
+                tokens:
+                  module: 'norm'
+                  readout: 'mean_patch_tokens'
+                  projector: {key: 'OrthogonalProjector', orthogonal_map: 'matrix_exp'}
+          forward_hook: {input: [], output: ['features.tokens']}
+
+    Args:
+        student_model: the student; torchdistill passes it.
+        features: name -> ``{module, io, readout, num_prefix_tokens, projector}``. ``module`` is a path below the
+            student; ``io`` is ``'output'`` (default) or ``'input'``; ``readout`` one of
+            :data:`vkd_plugin.readouts.READOUTS` (default ``'identity'``); ``num_prefix_tokens`` defaults to the
+            student's attribute of that name; ``projector`` is ``{key, in_features, out_features, ...}`` with a
+            key of :data:`vkd_plugin.projectors.PROJECTORS` (default ``OrthogonalProjector``) and its arguments.
+            Sizes that are left out are inferred by a dry forward pass: ``in_features`` from the student,
+            ``out_features`` from the teacher's side of the ``FeaturePair`` whose student side is this feature.
+        input_shape: shape of one input, e.g. ``[3, 224, 224]``, for the dry pass; by default the shape of the
+            first training sample.
+        projectors_ckpt: a file to which the projectors are saved after each epoch, and from which they are
+            loaded if it exists (torchdistill's own scripts save the student alone).
+        device, device_ids, distributed: passed by torchdistill; DistributedDataParallel is set by the student's
+            ``wrapper`` key (``run.py`` sets it by itself).
+
+    Raises:
+        ValueError: a module path, readout, projector or option that does not exist (the message names the
+            nearest), or a size that cannot be inferred.
+    """
+
+    def __init__(
+        self,
+        student_model: nn.Module,
+        features: Mapping[str, Mapping[str, Any]],
+        input_shape: list[int] | None = None,
+        projectors_ckpt: str | None = None,
+        device: torch.device | None = None,
+        device_ids: list[int] | None = None,
+        distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(features, Mapping) or not features:
+            raise ValueError("ProjectedStudent needs at least one entry in 'features'")
+        self.model = student_model
+        self.projectors_ckpt = projectors_ckpt
+        self._captured = _Captured()
+        specs = {name: _feature_spec(name, spec, student_model) for name, spec in features.items()}
+        _infer_sizes(student_model, specs, input_shape)
+        self.features = nn.ModuleDict()
+        for name, spec in specs.items():
+            try:
+                projector = build_projector(**spec["projector"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"feature '{name}': {error}") from None
+            self.features[name] = ProjectedFeature(
+                spec["module"], spec["io"], spec["readout"], spec["num_prefix_tokens"], projector
+            )
+        self._add_taps()
+        self.register_state_dict_post_hook(_to_student_names)
+        self.register_load_state_dict_pre_hook(_from_student_names)
+        if device is not None:
+            self.to(device)
+        if projectors_ckpt is not None and check_if_exists(projectors_ckpt):
+            load_module_ckpt(self.features, "cpu", projectors_ckpt)
+
+    def _add_taps(self) -> None:
+        for path, io in {(f.module_path, f.io) for f in self._projected()}:
+            self.model.get_submodule(path).register_forward_hook(_Tap(self._captured, path, io))
+
+    def _projected(self) -> Iterator[ProjectedFeature]:
+        for feature in self.features.values():
+            assert isinstance(feature, ProjectedFeature)
+            yield feature
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The student's own output; each projected feature is the output of ``features.<name>``."""
+        captured = self._captured
+        captured.active = True
+        try:
+            output = self.model(*args, **kwargs)
+            values, captured.values = captured.values, {}
+        finally:
+            captured.active = False
+        if not torch.is_inference_mode_enabled():  # evaluation has no use for the projections
+            for feature in self._projected():
+                feature(values[feature.module_path, feature.io])
+        return output
+
+    def post_epoch_process(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the projectors to ``projectors_ckpt``; torchdistill calls it after each epoch."""
+        if self.projectors_ckpt is not None:
+            save_module_ckpt(self.features, self.projectors_ckpt)
+
+    def projector_state_dict(self) -> dict[str, Tensor]:
+        """State of the projectors alone, keys ``<feature>.projector.<name>``."""
+        return self.features.state_dict()
+
+    def load_projector_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads what :meth:`projector_state_dict` returned; keys must match."""
+        self.features.load_state_dict(state)
+
+    def orthogonality_errors(self) -> dict[str, Tensor]:
+        """Feature name -> max |W^T W - I| of its orthogonal projector, as scalars on the projector's device."""
+        return {
+            name: feature.projector.orthogonality_error()
+            for name, feature in self.features.items()
+            if isinstance(feature.projector, OrthogonalProjector)
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters to keep out of weight decay (timm's convention), the student's own included."""
+        names: set[str] = set()
+        for path, module in self.named_modules():
+            if module is not self and callable(getattr(module, "no_weight_decay", None)):
+                names |= {f"{path}.{name}" for name in module.no_weight_decay()}
+        return names
+
+
+def _to_student_names(module: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    """State dict hook: ``model.X`` becomes ``X``; projectors are left out."""
+    for key in [k for k in state if k.startswith(prefix)]:
+        value = state.pop(key)
+        if key.startswith(f"{prefix}model."):
+            state[prefix + key[len(prefix) + len("model.") :]] = value
+
+
+def _from_student_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    """Load hook: the student's names go below ``model``; projectors keep the weights that they have."""
+    for key in [k for k in state if k.startswith(prefix)]:
+        state[f"{prefix}model.{key[len(prefix) :]}"] = state.pop(key)
+    features = module.get_submodule("features")
+    state.update({f"{prefix}features.{key}": value for key, value in features.state_dict().items()})
+
+
+def _feature_spec(name: str, spec: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
+    """One entry of ``features`` with its defaults filled in and its names checked."""
+    keys = ("module", "io", "readout", "num_prefix_tokens", "projector")
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"feature '{name}' should be a mapping with the keys {', '.join(keys)}")
+    if "." in name or name in ("keys", "values", "items", "pop", "update", "clear", "forward"):
+        raise ValueError(f"'{name}' cannot name a feature: it is part of the hook path 'features.<name>'")
+    for key in spec:
+        if key not in keys:
+            raise ValueError(f"feature '{name}': unknown key '{key}'{nearest(key, keys)}")
+    if "module" not in spec:
+        raise ValueError(f"feature '{name}': 'module' is missing, the path of a module of the student")
+    path = spec["module"]
+    paths = {p for p, _ in student.named_modules()}
+    if path not in paths:
+        raise ValueError(f"feature '{name}': the student has no module '{path}'{nearest(path, paths - {''})}")
+    io = spec.get("io", "output")
+    if io not in ("input", "output"):
+        raise ValueError(f"feature '{name}': io should be 'input' or 'output', got {io!r}")
+    readout = spec.get("readout", "identity")
+    try:
+        get_readout(readout)
+    except ValueError as error:
+        raise ValueError(f"feature '{name}': {error}") from None
+    prefix = spec.get("num_prefix_tokens", getattr(student, "num_prefix_tokens", None))
+    if prefix is None and readout in _PREFIX_READOUTS:
+        raise ValueError(
+            f"feature '{name}': {type(student).__name__} does not say how many class and distillation tokens it "
+            f"has; give num_prefix_tokens (0 if none)"
+        )
+    projector = {"key": "OrthogonalProjector", **(spec.get("projector") or {})}
+    return {
+        "module": path,
+        "io": io,
+        "readout": readout,
+        "num_prefix_tokens": prefix or 0,
+        "projector": projector,
+    }
+
+
+def _infer_sizes(student: nn.Module, specs: dict[str, dict[str, Any]], input_shape: list[int] | None) -> None:
+    """Fills in ``in_features`` and ``out_features`` where a projector leaves them out, by dry forward passes."""
+    if all({"in_features", "out_features"} <= spec["projector"].keys() for spec in specs.values()):
+        return
+    setup = current_setup()
+    sample = _sample_input(student, setup, input_shape)
+    for name, spec in specs.items():
+        if "in_features" in spec["projector"]:
+            continue
+        where = {"readout": spec["readout"], "num_prefix_tokens": spec["num_prefix_tokens"]}
+        try:
+            rows = _read(student, sample, spec["module"], spec["io"], **where)
+        except ValueError as error:
+            raise ValueError(f"feature '{name}': {error}") from None
+        spec["projector"]["in_features"] = rows.shape[-1]
+    for name, spec in specs.items():
+        if "out_features" in spec["projector"]:
+            continue
+        side = _teacher_side(name, setup)
+        assert setup is not None
+        where = {k: side[k] for k in ("readout", "num_prefix_tokens", "index") if k in side}
+        try:
+            rows = _read(setup.box.teacher_model, sample, side["module"], side.get("io", "output"), **where)
+        except ValueError as error:
+            raise ValueError(f"feature '{name}', teacher's side: {error}") from None
+        spec["projector"]["out_features"] = rows.shape[-1]
+
+
+def _teacher_side(name: str, setup: Setup | None) -> Mapping[str, Any]:
+    """The teacher's half of the ``FeaturePair`` in the criterion whose student's half is ``features.<name>``."""
+    ask = f"feature '{name}': give its projector out_features, the number of channels of the teacher's feature"
+    if setup is None or getattr(setup.box, "teacher_model", None) is None:
+        raise ValueError(ask)
+    kwargs = setup.train_config.get("criterion", {}).get("kwargs") or {}
+    for term in (kwargs.get("sub_terms") or {}).values():
+        pair = (term.get("criterion_wrapper") or {}).get("kwargs") or {}
+        student_side, teacher_side = pair.get("student"), pair.get("teacher")
+        if isinstance(student_side, Mapping) and student_side.get("module") == f"features.{name}":
+            return teacher_side
+    raise ValueError(f"{ask} (no FeaturePair in the criterion has 'features.{name}' as its student side)")
+
+
+def _sample_input(student: nn.Module, setup: Setup | None, input_shape: list[int] | None) -> Tensor:
+    """A batch of two to try the models on, on the student's device."""
+    if input_shape is not None:
+        sample = torch.zeros(*input_shape)
+    elif setup is not None and setup.box.train_data_loader is not None:
+        with _random_state_kept():
+            sample = setup.box.train_data_loader.dataset[0][0]
+        if not isinstance(sample, Tensor):
+            raise ValueError(f"training samples are {type(sample).__name__}, not tensors; give the sizes yourself")
+    else:
+        raise ValueError("sizes that are left out are inferred by a dry forward pass; give input_shape for it")
+    parameter = next(student.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    return torch.stack([sample, sample]).to(device)
+
+
+@torch.no_grad()
+def _read(
+    model: nn.Module,
+    sample: Tensor,
+    path: str,
+    io: str,
+    readout: str = "identity",
+    num_prefix_tokens: int = 0,
+    index: int | str | None = None,
+) -> Tensor:
+    """What ``readout`` makes of the input or output of ``model``'s module ``path`` for ``sample``.
+
+    The model is run in evaluation mode, so nothing of it changes, and left in the mode that it was in.
+    """
+    modules = dict(model.named_modules())
+    path = "" if path == "." else path
+    if path not in modules:
+        raise ValueError(f"there is no module '{path}'{nearest(path, modules.keys() - {''})}")
+    seen: list[Any] = []
+    handle = modules[path].register_forward_hook(
+        lambda module, args, output: seen.append(output if io == "output" else args[0])
+    )
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with _random_state_kept():
+            model(sample)
+    finally:
+        handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    if not seen:
+        raise ValueError(f"module '{path}' does not run in the forward pass")
+    value = seen[-1] if index is None else seen[-1][index]
+    return get_readout(readout)(value, num_prefix_tokens)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Nothing random is consumed: a dry pass must not change the run that follows."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)

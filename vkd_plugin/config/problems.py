@@ -1,0 +1,44 @@
+"""What is wrong with an experiment file: every problem at once, one line each."""
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from vkd_plugin.errors import ConfigError
+
+KeyPath: TypeAlias = tuple[object, ...]
+"""The way to a value, e.g. ``('train', 'teacher', 'forward_hook', 'output', 0)``."""
+
+
+def dotted(path: KeyPath) -> str:
+    """``path`` as ``--set`` takes it: ``train.teacher.forward_hook.output.0``."""
+    return ".".join(str(part) for part in path)
+
+
+class ConfigErrors(ConfigError):
+    """All that is wrong with an experiment file; ``str()`` has one line for each problem.
+
+    Args:
+        problems: at least one; ``message`` and ``where`` are those of the first.
+    """
+
+    def __init__(self, problems: Iterable[ConfigError]) -> None:
+        self.problems = list(problems)
+        super().__init__(self.problems[0].message, self.problems[0].where)
+        self.args = ("\n".join(str(problem) for problem in self.problems),)
+
+
+class Problems:
+    """Collects problems; a line that two places share by an anchor is blamed once."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str | None, str], ConfigError] = {}
+
+    def add(self, message: str, where: str | None, path: KeyPath = ()) -> None:
+        """Notes ``message`` about the value at ``path``, said at ``where``."""
+        prefix = f"{dotted(path)}: " if path else ""
+        self._found.setdefault((where, message), ConfigError(prefix + message, where))
+
+    def raise_if_any(self) -> None:
+        """Raises ConfigErrors, in the order in which the problems were found."""
+        if self._found:
+            raise ConfigErrors(self._found.values())

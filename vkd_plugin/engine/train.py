@@ -1,0 +1,369 @@
+"""The training loop: data, teacher, student, losses, backward, step, record."""
+
+import logging
+import math
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed as dist, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from ..config import Experiment
+from ..errors import NotFiniteError, UserError
+from ..tasks.classification import Classification
+from ..teacher import state_digest
+from ..wrappers import ProjectedStudent
+from .box import EngineBox, TermMeter, build_box
+from .build import blame
+from .checkpoint import load_projectors, projectors_state, read_run_checkpoint, save_atomically
+from .ema import StudentEMA
+from .loaders import loader_factory, set_epoch
+from .precision import Precision
+from .processes import Processes
+from .progress import EpochProgress, epoch_line
+from .randomness import address
+from .records import RunFolder
+
+logger = logging.getLogger("vkd_plugin")
+
+ORTHOGONALITY_LIMIT = 1e-3
+
+
+@dataclass
+class Result:
+    """What training comes to: records of the best and of the last epoch, and sizes for the summary."""
+
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    steps: int = 0
+    parameters: dict[str, int] = field(default_factory=dict)
+    teacher_digest: str | None = None
+
+
+class Trainer:
+    """Trains the student of an experiment, with or without a teacher, in one stage or several.
+
+    Args:
+        experiment: the configuration.
+        teacher, student: bare models on the device; the teacher may be None.
+        processes: this process among its peers.
+        folder: where the main process writes; None in the others.
+        seed: the root of all randomness.
+        lr_factor: multiplies learning rates (``-adjust_lr``).
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        processes: Processes,
+        folder: RunFolder | None,
+        seed: int,
+        lr_factor: int = 1,
+    ) -> None:
+        self.experiment = experiment
+        self.config: dict[str, Any] = experiment.data["train"]
+        self.teacher = teacher
+        self.processes = processes
+        self.folder = folder
+        self.seed = seed
+        self.task = Classification()
+        self.terms = TermMeter()
+        device = processes.device
+        with blame(experiment, "train", "amp"):
+            self.precision = Precision(self.config.get("amp"), device)
+        self._use_channels_last(teacher, student)
+        with blame(experiment, "train"):
+            self.box: EngineBox = build_box(
+                loader_factory(seed, processes.rank, processes.world_size),
+                self.precision,
+                self.terms,
+                teacher,
+                student,
+                experiment.data["datasets"],
+                self.config,
+                device,
+                processes.device_ids,
+                processes.distributed,
+                lr_factor,
+            )
+        self._compile()
+        decay = (self.config.get("ema") or {}).get("decay")
+        self.ema = StudentEMA(student, decay) if decay is not None else None
+        self.epoch = 0
+        self.step = 0
+        self.result = Result(parameters=self._count_parameters())
+        if teacher is not None and not any(p.requires_grad for p in teacher.parameters()):
+            self.result.teacher_digest = state_digest(teacher)
+
+    # The run.
+
+    def train(self) -> Result:
+        """All epochs that are left, then the proof that a frozen teacher has not moved."""
+        box = self.box
+        box_epochs: int = box.num_epochs  # type: ignore[attr-defined]
+        writer = SummaryWriter(self.folder.path) if self.folder else None
+        try:
+            while self.epoch < box_epochs:
+                record = self._epoch(box_epochs)
+                improved = self._select(record)
+                self._post_epoch(record)
+                self._save(improved)
+                if self.folder and writer:
+                    self.folder.append_metrics(record)
+                    for name, value in record.items():
+                        if isinstance(value, (int, float)) and name not in ("epoch", "step"):
+                            writer.add_scalar(name, value, self.step)
+                    logger.info(epoch_line(record, box_epochs))
+        finally:
+            if writer:
+                writer.close()
+        self._prove_teacher_unchanged()
+        return self.result
+
+    def _epoch(self, epochs: int) -> dict[str, Any]:
+        box, device = self.box, self.processes.device
+        loader = box.train_data_loader
+        if loader is None:
+            raise self.experiment.error("train_data_loader names no dataset", "train")
+        box.pre_epoch_process(epoch=self.epoch)  # type: ignore[attr-defined]
+        set_epoch(loader, self.epoch)
+        log_every = int(self.config.get("log_freq") or 100)
+        progress = EpochProgress(self.epoch, epochs, len(loader), self.processes.is_main)
+        with progress:
+            for index, batch in enumerate(loader):
+                samples, targets, supplement = self.task.unpack(batch, device)
+                samples = self._channels_last(samples)
+                address(self.seed, self.step, self.processes.rank)
+                if self.step == 0:
+                    with blame(self.experiment, "train"):
+                        loss = box.forward_process(samples, targets, supplement)
+                else:
+                    loss = box.forward_process(samples, targets, supplement)
+                if device.type == "cpu" and not math.isfinite(loss.item()):
+                    self._stop_on_bad_numbers(loss)
+                self.terms.count(loss)
+                steps_before = box.optimizer_steps
+                box.post_forward_process(loss=loss)
+                if self.ema is not None and box.optimizer_steps > steps_before:
+                    self.ema.update(box.bare_student)
+                self.step += 1
+                progress.advance(len(samples) * self.processes.world_size)
+                if index % log_every == 0:
+                    self._check_numbers(loss)
+                    progress.show({name: value.item() for name, value in self.terms.now.items()})
+            self._check_numbers(loss)
+            speed = progress.images_per_second
+        errors = self._orthogonality()
+        record: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "lr": box.optimizer.param_groups[0]["lr"],  # type: ignore[attr-defined]
+        }
+        means = self._mean_over_processes(self.terms.epoch_means())
+        record |= {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
+        record |= self._validate()
+        record |= {f"orthogonality_error/{name}": value for name, value in errors.items()}
+        record["images_per_s"] = round(speed, 1)
+        self.epoch += 1
+        return record
+
+    def _post_epoch(self, record: dict[str, Any]) -> None:
+        stage = getattr(self.box, "stage_number", None)
+        self.box.post_epoch_process(metrics=record.get("val/" + self.task.metric, record["loss"]))
+        if getattr(self.box, "stage_number", None) != stage:
+            logger.info("stage %s", self.box.stage_number)  # type: ignore[attr-defined]
+
+    def _validate(self) -> dict[str, float]:
+        loader = self.box.val_data_loader
+        if loader is None:
+            return {}
+        metrics = {}
+        for prefix, model in (("val", self.box.bare_student), ("val_ema", self.ema and self.ema.model)):
+            if model is not None:
+                self._share_buffers(model)
+                with self.precision.autocast():
+                    found = self.task.evaluate(model, loader, self.processes.device)
+                metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+        return metrics
+
+    def _share_buffers(self, model: nn.Module) -> None:
+        """BatchNorm statistics of rank 0 for all, so that every rank evaluates the model that is saved."""
+        if self.processes.distributed:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def _select(self, record: dict[str, Any]) -> bool:
+        """Notes the record; True where it is the best so far by the validation metric (else by the loss)."""
+        self.result.last, self.result.steps = record, self.step
+        best = self.result.best
+        improved = best is None or _score(record, self.task.metric) > _score(best, self.task.metric)
+        if improved:
+            self.result.best = record
+        return improved
+
+    # State.
+
+    def state(self) -> dict[str, Any]:
+        """Everything that :meth:`resume` needs, tensors and plain values alone."""
+        box = self.box
+        scheduler = box.lr_scheduler  # type: ignore[attr-defined]
+        return {
+            "model": box.bare_student.state_dict(),
+            "projectors": projectors_state(box.wrapper, box.bare_student),
+            "ema": self.ema.averaged.state_dict() if self.ema else None,
+            "optimizer": box.optimizer.state_dict(),  # type: ignore[attr-defined]
+            "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
+            "scaler": self.precision.scaler.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "stage_grad_count": box.stage_grad_count,  # type: ignore[attr-defined]
+            "best": self.result.best,
+            "best_value": _score(self.result.best, self.task.metric) if self.result.best else 0.0,
+            "seed": self.seed,
+            "config_digest": self.experiment.digest(),
+        }
+
+    def _save(self, improved: bool) -> None:
+        if self.folder is None:
+            return
+        state = self.state()
+        save_atomically(state, self.folder.last)
+        if improved:
+            kept = {key: state[key] for key in ("model", "projectors", "ema", "epoch", "step", "best_value")}
+            if self.ema is not None and "val_ema/" + self.task.metric in (self.result.best or {}):
+                kept["model"] = self.ema.model.state_dict()
+            save_atomically(kept, self.folder.best)
+
+    def resume(self, path: Any) -> None:
+        """Goes on from a checkpoint at the end of an epoch.
+
+        Raises:
+            UserError: the checkpoint does not fit the configuration.
+        """
+        state = read_run_checkpoint(path)
+        box = self.box
+        try:
+            while getattr(box, "stage_end_epoch", math.inf) <= state["epoch"] < box.num_epochs:  # type: ignore[attr-defined]
+                box.advance_to_next_stage()  # type: ignore[attr-defined]
+            box.bare_student.load_state_dict(state["model"])
+            load_projectors(box.wrapper, state["projectors"])
+            box.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
+            if box.lr_scheduler is not None:  # type: ignore[attr-defined]
+                box.lr_scheduler.load_state_dict(state["lr_scheduler"])  # type: ignore[attr-defined]
+            self.precision.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None and state["ema"] is not None:
+                self.ema.averaged.load_state_dict(state["ema"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"{path}: does not fit this experiment: {text}") from error
+        if hasattr(box, "current_epoch"):
+            box.current_epoch = state["epoch"]
+        box.stage_grad_count = state["stage_grad_count"]  # type: ignore[attr-defined]
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.result.best = state["best"]
+        self.result.steps = self.step
+        if self.folder is not None:
+            records = [r for r in self.folder.read_metrics() if r["epoch"] <= self.epoch]
+            self.folder.write_metrics(records)
+            self.result.last = records[-1] if records else None
+        if state["config_digest"] != self.experiment.digest():
+            logger.warning("%s was trained with another configuration", path)
+
+    # Guards.
+
+    def _check_numbers(self, loss: Tensor) -> None:
+        """Reads the loss and the projectors' orthogonality back; called at intervals, as it waits for the device."""
+        if not math.isfinite(loss.item()):
+            self._stop_on_bad_numbers(loss)
+        for name, error in self._orthogonality().items():
+            if not error <= ORTHOGONALITY_LIMIT:
+                raise NotFiniteError(
+                    f"the projector of feature '{name}' is not orthonormal any more: max |W^T W - I| = {error:.1e} "
+                    f"at step {self.step} (limit {ORTHOGONALITY_LIMIT:.0e})"
+                )
+
+    def _stop_on_bad_numbers(self, loss: Tensor) -> None:
+        terms = ", ".join(f"{name} {value.item():g}" for name, value in self.terms.now.items() if name != "loss")
+        kept = f"; {self.folder.last} holds epoch {self.epoch}" if self.folder and self.folder.last.exists() else ""
+        raise NotFiniteError(
+            f"training stopped: the loss is {loss.item():g} in epoch {self.epoch + 1} at step {self.step}"
+            f"{f' ({terms})' if terms else ''}{kept}"
+        )
+
+    def _orthogonality(self) -> dict[str, float]:
+        wrapper = self.box.wrapper
+        if not isinstance(wrapper, ProjectedStudent):
+            return {}
+        return {name: error.item() for name, error in wrapper.orthogonality_errors().items()}
+
+    def _prove_teacher_unchanged(self) -> None:
+        before = self.result.teacher_digest
+        if before is not None and self.teacher is not None and state_digest(self.teacher) != before:
+            raise UserError(
+                "the frozen teacher changed during training (parameters or BatchNorm statistics): "
+                "the student was not distilled from the teacher that the configuration names"
+            )
+
+    # Details.
+
+    def _mean_over_processes(self, means: dict[str, Tensor]) -> dict[str, float]:
+        if not means:
+            return {}
+        values = torch.stack([value.double() for value in means.values()])
+        if self.processes.distributed:
+            dist.all_reduce(values)
+            values /= self.processes.world_size
+        return dict(zip(means, values.tolist(), strict=True))
+
+    def _use_channels_last(self, *models: nn.Module | None) -> None:
+        if self.config.get("channels_last"):
+            for model in models:
+                if model is not None:
+                    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _channels_last(self, samples: Any) -> Any:
+        if self.config.get("channels_last") and isinstance(samples, Tensor) and samples.dim() == 4:
+            return samples.contiguous(memory_format=torch.channels_last)
+        return samples
+
+    def _compile(self) -> None:
+        chosen = self.config.get("compile") or {}
+        if chosen.get("student"):
+            self.box.student.compile()
+        if chosen.get("teacher") and self.teacher is not None:
+            self.box.teacher_model.compile()  # type: ignore[attr-defined]
+
+    def _count_parameters(self) -> dict[str, int]:
+        student = self.box.bare_student
+        counts = {"student": sum(p.numel() for p in student.parameters())}
+        if self.teacher is not None:
+            counts["teacher"] = sum(p.numel() for p in self.teacher.parameters())
+        if self.box.wrapper is not None:
+            counts["projectors"] = sum(p.numel() for p in self.box.wrapper.parameters()) - counts["student"]
+        return counts
+
+
+def _score(record: dict[str, Any], metric: str) -> float:
+    """Higher is better: the validation metric (the EMA's where there is one), else minus the loss."""
+    for name in (f"val_ema/{metric}", f"val/{metric}"):
+        if name in record:
+            return record[name]
+    return -record["loss"]
+
+
+def seed_everything(seed: int) -> None:
+    """Python, numpy and torch: for building models and for whatever is not addressed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def elapsed(since: float) -> float:
+    """Seconds since ``since`` (``time.perf_counter``), to a tenth."""
+    return round(time.perf_counter() - since, 1)

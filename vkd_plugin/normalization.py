@@ -10,7 +10,6 @@ rows are synchronised. Variances and covariances over N are unbiased, that is di
 """
 
 import math
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +26,6 @@ DEFAULT_EPS: dict[str, float] = {
     "standardize": 1e-12,
     "whiten": 0.0,
 }
-
-# Singular values of the standardised features below this share of the largest count as noise. Float32
-# features do not resolve more, and the first step of `inverse_sqrt` loses 1 / share**2 in relative accuracy.
-_RESOLVED = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
 def normalize(x: Tensor, method: str, eps: float | None = None, *, synchronize: bool = True) -> Tensor:
@@ -114,12 +109,15 @@ def standardize(x: Tensor, eps: float = DEFAULT_EPS["standardize"], *, synchroni
     Returns:
         (N, C), in the type of ``x``.
     """
-    centred, variance = _centre(x, synchronize and is_distributed())
+    centred, variance, _ = _centre(x, synchronize and is_distributed())
     return centred * torch.rsqrt(variance + eps)
 
 
-def _centre(x: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
-    """``x`` less its mean over the rows (N, C), and the unbiased variance (C,), of all ranks if ``shared``."""
+def _centre(x: Tensor, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` less its mean (N, C), the unbiased variance (C,) and the mean (C,), of all ranks if ``shared``.
+
+    The mean has no gradient and is right up to rounding only.
+    """
     with torch.no_grad():
         sums = torch.cat([x.new_full((1,), x.shape[0]), x.sum(dim=0)])
         if shared:
@@ -135,22 +133,23 @@ def _centre(x: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
         sums = all_reduce_sum(sums)
     mean = sums[0] / count
     variance = (sums[1] - count * mean.square()) / (count - 1).clamp_min(1)
-    return rest - mean, variance.clamp_min(0)
+    return rest - mean, variance.clamp_min(0), shift
 
 
 def whiten(x: Tensor, eps: float = DEFAULT_EPS["whiten"], *, synchronize: bool = True) -> Tensor:
     """Zero mean and identity covariance over N: Y = Z R^(-1/2), with Z the standardised features.
 
     R = (1 - eps) Z'Z / (N - 1) + eps I is the correlation matrix of the channels, shrunk by ``eps``; with the
-    default 0 the covariance of Y is the identity, also for features of condition number 1e6 and channels of
-    any scale. What float32 features do not resolve (a channel that is constant, or a sum of others) is left
-    out as by a pseudo-inverse.
+    default 0 the covariance of Y is the identity, for channels of any scale and standardised features of
+    condition number up to 1e6. What float32 features hardly resolve (a constant channel, a sum of others) is
+    left out, as by a pseudo-inverse.
 
     With N <= C the rank is N - 1 and no identity can be reached: Y / sqrt(N - 1) then has N - 1 singular
     values 1 (it is the partial isometry nearest to Z), and all rows are *equally far from each other*, so
     that nothing is left of the teacher's similarities. Give it more rows (the readouts `every_token`,
-    `every_location`) or some shrinkage, such as ``eps: 0.1``. Shrinkage also bounds the gradient, by
-    1 / sqrt(eps), where features that need one (the student's) are nearly dependent.
+    `every_location`) or some shrinkage, such as ``eps: 0.1``. Shrinkage also bounds the gradient where
+    features that need one (a student's) are nearly dependent: without it, a direction of relative size s
+    amplifies gradients by 1 / s.
 
     Which whitening: any Y Q with Q orthogonal is white too. The author points to the Cholesky form
     (github.com/htdt/self-supervised: centre, shrink, multiply by the inverse Cholesky factor). Here it is the
@@ -162,9 +161,9 @@ def whiten(x: Tensor, eps: float = DEFAULT_EPS["whiten"], *, synchronize: bool =
       before it leave over; with N <= C all but the first N - 1 channels would be empty;
     - the rotation between the two is one that the orthogonal projector can learn.
 
-    The root is found by multiplications and inverses only (:func:`inverse_sqrt`): no eigenvectors, so repeated
-    eigenvalues do no harm, and no wait for the device. Computed in float64 (float32 on MPS). Synchronised
-    over ranks, one wait per call remains, to learn how many rows the others hold.
+    The root is found by multiplications and inverses only (:func:`inverse_sqrt`): no eigenvectors, so
+    repeated eigenvalues do no harm, and no wait for the device. Computed in float64 (float32 on MPS).
+    Synchronised over ranks, one wait per call remains, to learn how many rows the others hold.
 
     Args:
         x: features (N, C), float32 or float64.
@@ -176,17 +175,20 @@ def whiten(x: Tensor, eps: float = DEFAULT_EPS["whiten"], *, synchronize: bool =
     """
     shared = synchronize and is_distributed()
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    centred, variance = _centre(x.to(wide), shared)
-    constant = variance <= torch.finfo(wide).tiny ** 0.125
+    # No epsilon here: the covariance is to be the identity whatever the scale of a channel. A channel is
+    # constant if it varies by less than its values are resolved.
+    centred, variance, mean = _centre(x.to(wide), shared)
+    constant = variance <= (torch.finfo(wide).eps * mean).square()
     z = centred * torch.where(constant, 0, torch.rsqrt(torch.where(constant, 1, variance)))
     counts = row_counts(z) if shared else [z.shape[0]]
-    freedom = max(sum(counts) - 1, 1)
+    count = max(sum(counts), 1)
+    freedom = max(count - 1, 1)
 
-    if sum(counts) <= z.shape[1]:
+    if count <= z.shape[1]:
         # (ZZ')^(-1/2) Z = Z (Z'Z)^(-1/2): the smaller root does, and only lacks the direction (1, ..., 1).
         # That one is absent from centred rows; filling it changes nothing but the condition of the root.
         rows, own = gather_rows(z, counts) if shared else (z, slice(None))
-        root = inverse_sqrt(_shrink(rows @ rows.T / freedom, eps) + 1 / sum(counts))
+        root = inverse_sqrt(_shrink(rows @ rows.T / freedom, eps) + 1 / count)
         return (root[own] @ rows).to(x.dtype)
 
     def covariance(y: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ def whiten(x: Tensor, eps: float = DEFAULT_EPS["whiten"], *, synchronize: bool =
     y = z @ inverse_sqrt(_shrink(covariance(z), eps))
     if eps == 0:
         # Forming R squares the condition number. A Newton-Schulz step from the whitened features themselves
-        # restores what that loses: six digits instead of three at condition 1e7.
+        # restores what that loses.
         y = 1.5 * y - 0.5 * y @ covariance(y)
     return y.to(x.dtype)
 
@@ -205,32 +207,8 @@ def _shrink(gram: Tensor, eps: float) -> Tensor:
     return (1 - eps) * gram + eps * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
 
 
-def inverse_sqrt(a: Tensor) -> Tensor:
-    """The inverse square root of a symmetric positive semi-definite matrix (n, n).
-
-    The dynamically weighted Halley iteration for the polar factor (Nakatsukasa, Bai, Gygi, SIAM J. Matrix
-    Anal. Appl. 31, 2010) raises the smallest singular value that counts from 1e-7 to 1 in five steps x (a + b
-    x^2) / (1 + c x^2). It is written here for the Gram matrix of what it acts on, and differentiated as it
-    stands. Eigenvalues below 1e-14 of the largest stay finite instead of being inverted.
-    """
-    eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
-    # Any bound on the largest eigenvalue does. The root does not depend on it, so it needs no gradient.
-    bound = torch.linalg.matrix_norm(a.detach()).clamp_min(torch.finfo(a.dtype).tiny)
-    gram = a / bound
-    root = eye * bound.rsqrt()
-    for p, q, r in _halley_weights(_RESOLVED[a.dtype]):
-        # inv_ex without its check: no wait for the device, and a NaN in is a NaN out.
-        inverse, _ = torch.linalg.inv_ex(eye + r * gram)
-        step = q / r * eye + (p - q / r) * inverse
-        root = root @ step
-        gram = step @ gram @ step
-        gram = (gram + gram.T) / 2  # rounding must not grow an antisymmetric part
-    return root
-
-
-@cache
 def _halley_weights(smallest: float) -> list[tuple[float, float, float]]:
-    """(a, b, c) of each step of the iteration, for singular values in [smallest, 1]."""
+    """(a, b, c) of each step x -> x (a + b x^2) / (1 + c x^2) that takes [smallest, 1] to 1."""
     weights = []
     low = smallest
     while 1 - low > 1e-15:
@@ -241,6 +219,34 @@ def _halley_weights(smallest: float) -> list[tuple[float, float, float]]:
         weights.append((a, b, c))
         low = min(low * (a + b * low**2) / (1 + c * low**2), 1.0)
     return weights
+
+
+# Singular values below 1e-6 of the largest are not resolved. Float32 features hold little more, and the first
+# step multiplies rounding by the inverse square of that share, in gradients of dependent channels above all.
+_HALLEY_WEIGHTS = {torch.float64: _halley_weights(1e-6), torch.float32: _halley_weights(1e-3)}
+
+
+def inverse_sqrt(a: Tensor) -> Tensor:
+    """The inverse square root of a symmetric positive semi-definite matrix (n, n), float64 or float32.
+
+    The dynamically weighted Halley iteration for the polar factor (Nakatsukasa, Bai, Gygi, SIAM J. Matrix
+    Anal. Appl. 31, 2010), which takes all singular values that count to 1 in five steps, written for the Gram
+    matrix ``a`` of what it acts on, and differentiated as it stands. Eigenvalues below 1e-12 of the largest
+    (1e-6 in float32) are not inverted, but stay bounded.
+    """
+    eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
+    # Any bound on the largest eigenvalue does. The root does not depend on it, so it needs no gradient.
+    bound = torch.linalg.matrix_norm(a.detach()).clamp_min(torch.finfo(a.dtype).tiny)
+    root, gram = eye * bound.rsqrt(), a / bound
+    for p, q, c in _HALLEY_WEIGHTS[a.dtype]:
+        # A step multiplies by u + v inverse. inv_ex does not wait for the device: NaN in, NaN out.
+        inverse, _ = torch.linalg.inv_ex(eye + c * gram)
+        inverse = (inverse + inverse.T) / 2
+        u, v = q / c, p - q / c
+        root = u * root + v * root @ inverse
+        # gram (u + v inverse)^2 with c gram inverse = 1 - inverse put in: v is as large as 1e4, v^2 / c is 4.
+        gram = u * u * gram + (v / c) * (2 * u * eye + v * inverse) @ (eye - inverse)
+    return root
 
 
 def _check_eps(method: str, eps: float | None) -> float:

@@ -1,1 +1,8 @@
+"""Data sets and collate functions, registered with torchdistill."""
 
+# torchdistill's registry takes torchvision's data sets from sys.modules, where they must be by then.
+import torchvision.datasets  # noqa: F401
+
+from .digits import Digits
+
+__all__ = ["Digits"]

@@ -1,0 +1,103 @@
+"""Handwritten digits of scikit-learn as a torchvision-style data set: real images, no download, 8 x 8 pixels.
+
+Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from torchdistill.datasets.registry import register_dataset
+
+from ..arguments import one_of
+
+_TEST_PER_CLASS = 50
+
+
+@register_dataset
+class Digits(Dataset):
+    """1,297 training and 500 test images of ten classes, the same on every machine.
+
+    In YAML::
+
+        digits/train: !import_call
+          key: 'vkd_plugin.datasets.Digits'
+          init:
+            kwargs:
+              split: 'train'
+              transform: !import_call {key: 'torchvision.transforms.ToTensor', init: }
+
+    Items are ``(image, label)``: a PIL image of mode ``L``, 8 x 8, its 17 grey levels spread over 0 to 255, and
+    an int from 0 to 9; each goes through its transform.
+
+    Args:
+        split: ``'train'`` or ``'test'``. In each class the file's order, which goes from writer to writer, gives
+            every n/50-th image to the test split: both splits hold all writers and the test split is balanced.
+        transform: applied to the image.
+        target_transform: applied to the label.
+        fraction: share of the training images to keep, in (0, 1], of each class at least one. With one ``seed``
+            a smaller fraction is a part of a larger one.
+        seed: chooses which images a fraction keeps.
+
+    Attributes:
+        classes: names of the ten classes.
+        targets: label of each item, ints.
+
+    Raises:
+        ValueError: an unknown split, or a fraction out of range or of the test split.
+        ImportError: scikit-learn, which holds the images, is not installed.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        transform: Callable[[Image.Image], Any] | None = None,
+        target_transform: Callable[[int], Any] | None = None,
+        fraction: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        one_of("split of Digits", split, ("train", "test"))
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
+        if split == "test" and fraction != 1:
+            raise ValueError("fraction is for the train split; results on a part of the test split do not compare")
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError("Digits needs scikit-learn: pip install scikit-learn") from error
+        data = load_digits()
+        kept: list[int] = []
+        for label in range(10):
+            members = np.flatnonzero(data.target == label).tolist()
+            test = {members[i * len(members) // _TEST_PER_CLASS] for i in range(_TEST_PER_CLASS)}
+            if split == "test":
+                kept += test
+            else:
+                train = sorted(set(members) - test, key=lambda index: _draw(seed, index))
+                kept += train[: max(1, round(fraction * len(train)))]
+        kept.sort()
+        self._images = np.rint(data.images[kept] * (255 / 16)).astype(np.uint8)
+        self.targets: list[int] = data.target[kept].tolist()
+        self.classes = [str(label) for label in range(10)]
+        self.transform = transform
+        self.target_transform = target_transform
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image: Any = Image.fromarray(self._images[index])
+        label: Any = self.targets[index]
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            label = self.target_transform(label)
+        return image, label
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+def _draw(seed: int, index: int) -> bytes:
+    """A sort key that puts indices in a random order: of a hash, as libraries' generators change with time."""
+    return hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()

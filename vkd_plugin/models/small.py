@@ -1,0 +1,82 @@
+"""A teacher and a student of a size for 8 x 8 digits: minutes on a CPU, yet the shapes of the paper's pair.
+
+The teacher is convolutional, the student a vision transformer without any convolution beyond its patches, so
+there is an inductive bias to hand over.
+"""
+
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchdistill.models.registry import register_model
+
+
+def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class DigitsCNN(nn.Module):
+    """Four 3 x 3 convolutions with one halving; see :func:`digits_cnn`.
+
+    Images (B, in_chans, H, W) to logits (B, num_classes). The module ``final_conv`` puts out the last feature
+    map, (B, 4 * width, H / 2, W / 2), after its ReLU.
+    """
+
+    def __init__(self, num_classes: int, width: int, in_chans: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(in_chans, width), _conv(width, 2 * width))
+        self.pool = nn.MaxPool2d(2)
+        self.middle = _conv(2 * width, 2 * width)
+        self.final_conv = _conv(2 * width, 4 * width)
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.pool(self.stem(x)))
+        return self.head(self.final_conv(x).mean(dim=(2, 3)))
+
+
+@register_model
+def digits_cnn(num_classes: int = 10, width: int = 32, in_chans: int = 1) -> DigitsCNN:
+    """A convolutional teacher: at the default width 131 thousand parameters, ``final_conv`` (B, 128, 4, 4).
+
+    Args:
+        num_classes: size of the output.
+        width: channels of the first convolution; the last has four times as many.
+        in_chans: channels of the images.
+    """
+    return DigitsCNN(num_classes, width, in_chans)
+
+
+@register_model
+def digits_vit(
+    num_classes: int = 10,
+    embed_dim: int = 48,
+    depth: int = 4,
+    num_heads: int = 3,
+    img_size: int = 8,
+    patch_size: int = 2,
+    in_chans: int = 1,
+    drop_path_rate: float = 0.0,
+) -> VisionTransformer:
+    """timm's VisionTransformer for 8 x 8 images: a class token, 16 patches; 116 thousand parameters.
+
+    Its module ``norm`` puts out the tokens, (B, 17, embed_dim), the class token first; ``head`` the logits
+    (B, num_classes).
+
+    Args:
+        num_classes: size of the output.
+        embed_dim, depth, num_heads, img_size, patch_size, in_chans, drop_path_rate: as in timm.
+    """
+    return VisionTransformer(
+        img_size=img_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        drop_path_rate=drop_path_rate,
+    )

@@ -1,7 +1,6 @@
 """Checks of the arguments that reach a class from YAML, said in the words of the YAML."""
 
 from collections.abc import Collection
-from numbers import Real
 
 from .suggest import nearest
 
@@ -23,7 +22,7 @@ def number(name: str, value: object, *, at_least: float = 0.0, below: float = fl
     Raises:
         ValueError: it is no number, or out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         # YAML 1.1 reads a bare 1e-5 as text, the commonest way to get here.
         hint = " (YAML reads 1e-5 as text; write 1.0e-5)" if isinstance(value, str) else ""
         raise ValueError(f"{name} must be a number, got {value!r}{hint}")

@@ -1,1 +1,13 @@
+"""Losses, plain tensors in, and the wrapper that reads those from hooked modules.
 
+:mod:`vkd_plugin.losses.registration` makes them known to torchdistill under their class names.
+"""
+
+from .distances import DISTANCES
+from .feature_pair import Feature, FeaturePair
+from .soft_target import SoftTargetCrossEntropy, SoftTargetKLLoss
+from .vkd import VkDLoss
+
+__all__ = [
+    "DISTANCES", "Feature", "FeaturePair", "SoftTargetCrossEntropy", "SoftTargetKLLoss", "VkDLoss",
+]  # fmt: skip

@@ -1,0 +1,153 @@
+"""From the hooked inputs and outputs of student and teacher to the two tensors that a loss compares."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..arguments import one_of
+from ..errors import ConfigError
+from ..readouts import get_readout
+from ..suggest import nearest
+
+IODict = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Where one side of a pair comes from.
+
+    Args:
+        side: ``student`` or ``teacher``, for messages.
+        module: path of the hooked module, ``.`` for the whole model.
+        io: ``output`` or ``input`` of that module.
+        readout: a name of :mod:`vkd_plugin.readouts`.
+        num_prefix_tokens: class and distillation tokens in front of the patch tokens, for the readout.
+        index: which part of a tuple, list or dict, if the module puts out one.
+
+    Raises:
+        ValueError: an unknown ``io`` or ``readout`` (the nearest is named).
+    """
+
+    side: str
+    module: str
+    io: str = "output"
+    readout: str = "identity"
+    num_prefix_tokens: int = 0
+    index: int | str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("io", self.io, ("output", "input"))
+        get_readout(self.readout)
+
+    @classmethod
+    def from_config(cls, side: str, config: Mapping[str, Any]) -> "Feature":
+        """The feature that a YAML mapping describes.
+
+        Raises:
+            TypeError: a key is unknown (the nearest is named), or ``module`` is missing.
+        """
+        known = [f.name for f in fields(cls) if f.name != "side"]
+        if not isinstance(config, Mapping) or "module" not in config:
+            raise TypeError(
+                f"{side} must be a mapping with a 'module' and perhaps other keys, got {config!r}"
+            )
+        for key in config:
+            if key not in known:
+                raise TypeError(f"{side} has no key '{key}'{nearest(key, known)}")
+        return cls(side, **config)
+
+    def read(self, io_dict: IODict) -> Tensor:
+        """The feature, as its readout puts it.
+
+        Raises:
+            ConfigError: nothing was hooked there; the message names what was.
+            ValueError: the readout does not fit the layer.
+        """
+        hooked = {path: list(io) for path, io in io_dict.items() if io}
+        if self.module not in hooked:
+            if not hooked:
+                raise ConfigError(
+                    f"nothing of the {self.side} is hooked, and the loss reads its module '{self.module}': "
+                    f"add the module to forward_hook, or the {self.side} itself"
+                )
+            raise ConfigError(
+                f"the loss reads module '{self.module}' of the {self.side}, which is not hooked"
+                f"{nearest(self.module, hooked)}; hooked: {', '.join(hooked)}"
+            )
+        if self.io not in hooked[self.module]:
+            raise ConfigError(
+                f"the loss reads the {self.io} of module '{self.module}' of the {self.side}, but only its "
+                f"{' and '.join(hooked[self.module])} is hooked: list it under forward_hook: {self.io}"
+            )
+        return get_readout(self.readout)(self._pick(io_dict[self.module][self.io]), self.num_prefix_tokens)
+
+    def _pick(self, value: Any) -> Tensor:
+        picked = value
+        if self.index is not None:
+            try:
+                picked = value[self.index]
+            except (KeyError, IndexError, TypeError):
+                raise ConfigError(
+                    f"no index {self.index!r} in the {self._where}, which is {_describe(value)}"
+                ) from None
+        if not isinstance(picked, Tensor):
+            raise ConfigError(
+                f"the {self._where} is {_describe(picked)}, not a tensor: choose one with 'index'"
+            )
+        return picked
+
+    @property
+    def _where(self) -> str:
+        return f"{self.io} of module '{self.module}' of the {self.side}"
+
+
+class FeaturePair(nn.Module):
+    """A loss wrapper: calls ``criterion(student, teacher)`` with one feature of each.
+
+    .. code-block:: yaml
+
+        criterion: {key: 'VkDLoss', kwargs: {normalization: 'layer_norm', distance: 'smooth_l1'}}
+        criterion_wrapper:
+          key: 'FeaturePair'
+          kwargs:
+            student: {module: 'features.tokens'}
+            teacher: {module: 'final_conv', readout: 'spatial_mean'}
+        weight: 1.0
+
+    Args:
+        criterion: a loss of two tensors.
+        student: ``{module, io: 'output', readout: 'identity', num_prefix_tokens: 0, index: null}``, as in
+            :class:`Feature`.
+        teacher: likewise.
+
+    Raises:
+        TypeError: a key of ``student`` or ``teacher`` is unknown or missing.
+        ValueError: an unknown ``io`` or ``readout``.
+    """
+
+    def __init__(self, criterion: nn.Module, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.criterion = criterion
+        self.student = Feature.from_config("student", student)
+        self.teacher = Feature.from_config("teacher", teacher)
+
+    def forward(self, student_io_dict: IODict, teacher_io_dict: IODict, targets: object = None) -> Tensor:
+        """The criterion's value; ``targets`` are not read."""
+        return self.criterion(self.student.read(student_io_dict), self.teacher.read(teacher_io_dict))
+
+    def extra_repr(self) -> str:
+        return "\n".join(
+            f"{f.side}: {f.readout} of {f.io} of '{f.module}'" for f in (self.student, self.teacher)
+        )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

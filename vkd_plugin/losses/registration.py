@@ -1,0 +1,15 @@
+"""Makes the losses known to torchdistill, under their class names, when imported.
+
+Labels need no wrapper of ours: torchdistill's ``SimpleLossWrapper`` hands indices and probability rows on as
+they are, and hooks name one head of a student with several (``model.head``, ``model.head_dist``).
+"""
+
+from torchdistill.losses.registry import register_loss_wrapper, register_low_level_loss
+
+from .feature_pair import FeaturePair
+from .soft_target import SoftTargetCrossEntropy, SoftTargetKLLoss
+from .vkd import VkDLoss
+
+for _loss in (VkDLoss, SoftTargetCrossEntropy, SoftTargetKLLoss):
+    register_low_level_loss(_loss)
+register_loss_wrapper(FeaturePair)

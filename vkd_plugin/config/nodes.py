@@ -1,19 +1,15 @@
-"""Reading, copying and serialising YAML nodes whose tags are torchdistill's.
+"""Reading single YAML nodes whose tags are torchdistill's.
 
 An *active* tag (``!import_call`` and its like) runs code when it is constructed; a *text* tag (``!join`` and
 its like) only makes a string. Everything before construction reads text tags and steps around active ones.
 """
 
-import hashlib
-import json
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from torchdistill.common import yaml_util
 
-from vkd_plugin.config.problems import ConfigErrors
-from vkd_plugin.config.source import MAP_TAG, NULL_TAG, STR_TAG, place
-from vkd_plugin.errors import ConfigError
+from vkd_plugin.config.source import MAP_TAG, NULL_TAG, STR_TAG
 
 TEXT_TAGS = {
     "!join": yaml_util.yaml_join,
@@ -31,12 +27,9 @@ ACTIVE_TAGS = {
     "!access_by_index_or_key": yaml_util.yaml_access_by_index_or_key,
 }
 
-MAX_NODES = 200_000
-"""More than any experiment needs; a file whose anchors multiply to more is refused, not expanded."""
-
 
 class TorchdistillLoader(yaml.FullLoader):
-    """FullLoader with torchdistill's tags, which torchdistill itself adds to FullLoader for the whole process."""
+    """FullLoader with torchdistill's tags; torchdistill adds them to FullLoader itself, for all its users."""
 
 
 for _tag, _constructor in (TEXT_TAGS | ACTIVE_TAGS).items():
@@ -78,9 +71,9 @@ def plain_value(node: yaml.Node) -> Any:
 
     What cannot be made (``!!int x``) is reported when everything is constructed.
     """
-    if _runs_code(node):
-        return OPAQUE
     try:
+        if _runs_code(node):
+            return OPAQUE
         return TorchdistillLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return OPAQUE
@@ -96,7 +89,10 @@ def plain_key(node: yaml.Node) -> object:
     return node if value is OPAQUE else value
 
 
-def entries(node: yaml.MappingNode) -> dict[object, tuple[yaml.Node, yaml.Node]]:
+Entries: TypeAlias = dict[object, tuple[yaml.Node, yaml.Node]]
+
+
+def entries(node: yaml.MappingNode) -> Entries:
     """A mapping's ``{key: (key node, value node)}``."""
     return {plain_key(key): (key, value) for key, value in node.value}
 
@@ -111,30 +107,6 @@ def describe(node: yaml.Node) -> str:
     return "a list" if isinstance(value, list) else repr(value)
 
 
-def merge_all(root: yaml.Node) -> None:
-    """Writes out every ``<<``, as FullLoader does on construction, and drops what a merge overrode."""
-    loader, done = TorchdistillLoader(""), set()
-
-    def visit(node: yaml.Node) -> None:
-        if id(node) in done:
-            return
-        done.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            loader.flatten_mapping(node)
-            latest: dict[object, tuple[yaml.Node, yaml.Node]] = {}
-            for key, value in node.value:
-                latest[plain_key(key)] = (key, value)
-            node.value = list(latest.values())
-        for child in children(node):
-            visit(child)
-
-    try:
-        visit(root)
-    except yaml.MarkedYAMLError as error:
-        assert error.problem_mark is not None
-        raise ConfigErrors([ConfigError(str(error.problem), place(error.problem_mark))]) from None
-
-
 def children(node: yaml.Node) -> list[yaml.Node]:
     """Keys and values of a mapping, items of a list."""
     if isinstance(node, yaml.MappingNode):
@@ -144,81 +116,26 @@ def children(node: yaml.Node) -> list[yaml.Node]:
 
 def with_value(node: yaml.Node, value: Any) -> yaml.Node:
     """A copy of ``node`` (tag, style, marks) that holds ``value``."""
-    style = node.style if isinstance(node, yaml.ScalarNode) else node.flow_style
-    return type(node)(node.tag, value, node.start_mark, node.end_mark, style)
+    kind: Any = type(node)
+    style = node.style if isinstance(node, yaml.ScalarNode) else getattr(node, "flow_style", None)
+    return kind(node.tag, value, node.start_mark, node.end_mark, style)
 
 
-def unshare(root: yaml.Node) -> yaml.Node:
-    """A copy of the graph in which only active tags are shared.
-
-    torchdistill changes the mappings it is given (``requires_supp``, ``lr``), so no two places may hold the same
-    one; while a data set under an anchor is built once, and every alias means that object. Keys that begin with
-    ``_`` are left out of ``kwargs``: they hold anchors, and would otherwise be passed to the function.
-    """
-    built: dict[int, yaml.Node] = {}
-    count = 0
-
-    def copy(node: yaml.Node, in_kwargs: bool = False) -> yaml.Node:
-        nonlocal count
-        if id(node) in built:
-            return built[id(node)]
-        count += 1
-        if count > MAX_NODES:
-            message = f"its anchors expand to more than {MAX_NODES} values"
-            raise ConfigErrors([ConfigError(message, root.start_mark.name)])
-        value: Any = node.value
-        if isinstance(node, yaml.MappingNode):
-            pairs = [(plain_key(key), key, child) for key, child in node.value]
-            kept = [entry for entry in pairs if not (in_kwargs and is_private(entry[0]))]
-            value = [(copy(key), copy(child, name == "kwargs")) for name, key, child in kept]
-        elif isinstance(node, yaml.SequenceNode):
-            value = [copy(child) for child in node.value]
-        duplicate = with_value(node, value)
-        if is_active(node):
-            built[id(node)] = duplicate
-        return duplicate
-
-    return copy(root)
-
-
-def scalar(text: str, name: str) -> yaml.ScalarNode:
-    """A string node that stands in the override ``name``."""
+def string(text: str, name: str) -> yaml.ScalarNode:
+    """A string that stands in the override ``name``."""
     mark = yaml.Mark(name, 0, 0, 0, None, 0)
     return yaml.ScalarNode(STR_TAG, text, mark, mark)
+
+
+def null(name: str) -> yaml.ScalarNode:
+    """Nothing, standing in the override ``name``."""
+    mark = yaml.Mark(name, 0, 0, 0, None, 0)
+    return yaml.ScalarNode(NULL_TAG, "null", mark, mark)
 
 
 def empty_mapping(like: yaml.Node) -> yaml.MappingNode:
     """A mapping without keys, standing where ``like`` stands."""
     return yaml.MappingNode(MAP_TAG, [], like.start_mark, like.end_mark, False)
-
-
-def to_text(root: yaml.Node) -> str:
-    """The graph as YAML that torchdistill's loader reads; tags stay tags, what they build once is an anchor."""
-    return str(yaml.serialize(root, Dumper=yaml.Dumper, width=120, allow_unicode=True))
-
-
-def digest(root: yaml.Node) -> str:
-    """sha256 of what the graph says: not of its comments, order of keys, ``_`` keys or ways to write a number."""
-
-    def canonical(node: yaml.Node) -> object:
-        content: object
-        if isinstance(node, yaml.MappingNode):
-            named = [(plain_key(key), key, value) for key, value in node.value]
-            content = sorted(
-                (json.dumps(canonical(key)), canonical(value)) for name, key, value in named if not is_private(name)
-            )
-            content = {"mapping": content}
-        elif isinstance(node, yaml.SequenceNode):
-            content = [canonical(item) for item in node.value]
-        elif node.tag.startswith("!"):
-            content = node.value
-        else:
-            content = plain_value(node)
-            content = content if isinstance(content, str | int | float | None) else repr(content)
-        # Tags are not resolved: a digest with somebody's home folder in it would be another on each machine.
-        return {node.tag: content} if node.tag.startswith("!") else content
-
-    return hashlib.sha256(json.dumps(canonical(root), sort_keys=True).encode()).hexdigest()
 
 
 def _runs_code(node: yaml.Node) -> bool:

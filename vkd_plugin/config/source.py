@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from vkd_plugin.config.problems import ConfigErrors, Problems
+from vkd_plugin.config.problems import ConfigErrors
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
 
@@ -78,46 +78,6 @@ def syntax_problem(error: yaml.MarkedYAMLError, name: str, anchors: dict[str, ob
     elif mark is not None:
         message += f" (column {mark.column + 1})"
     return ConfigError(" ".join(message.split()), place(mark) if mark else name)
-
-
-def check_graph(root: yaml.Node, problems: Problems) -> None:
-    """Finds what would break a walk through the graph, or be dropped without a word.
-
-    That is: keys written twice, tags that nobody knows, anchors that contain themselves.
-    """
-    # Imported here: the nodes module needs this one.
-    from vkd_plugin.config.nodes import known_tags, plain_key
-
-    done: set[int] = set()
-    open_: set[int] = set()
-    tags = known_tags()
-
-    def visit(node: yaml.Node) -> None:
-        if id(node) in open_:
-            problems.add("an anchor that contains itself", place(node.start_mark))
-        if id(node) in open_ or id(node) in done:
-            return
-        open_.add(id(node))
-        if node.tag.startswith("!") and node.tag not in tags:
-            problems.add(f"unknown tag '{node.tag}'{nearest(node.tag, tags)}", place(node.start_mark))
-        if isinstance(node, yaml.MappingNode):
-            seen: dict[object, yaml.Node] = {}
-            for key, value in node.value:
-                visit(key)
-                visit(value)
-                name = plain_key(key)
-                # A merge may be written more than once: PyYAML takes them in turn.
-                if name in seen and key.tag != "tag:yaml.org,2002:merge":
-                    first = seen[name].start_mark.line + 1
-                    problems.add(f"key '{name}' is written twice, first on line {first}", place(key.start_mark))
-                seen.setdefault(name, key)
-        elif isinstance(node, yaml.SequenceNode):
-            for item in node.value:
-                visit(item)
-        open_.remove(id(node))
-        done.add(id(node))
-
-    visit(root)
 
 
 def _text(name: str) -> str:

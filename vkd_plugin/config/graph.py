@@ -1,0 +1,170 @@
+"""Passes over a whole graph of YAML nodes: soundness, merging, unsharing, and back to text."""
+
+import hashlib
+import json
+from typing import Any
+
+import yaml
+
+from vkd_plugin.config.nodes import (
+    TorchdistillLoader,
+    children,
+    is_active,
+    is_private,
+    known_tags,
+    plain_key,
+    plain_value,
+    with_value,
+)
+from vkd_plugin.config.problems import ConfigErrors, Problems
+from vkd_plugin.config.source import place
+from vkd_plugin.errors import ConfigError
+from vkd_plugin.suggest import nearest
+
+MAX_NODES = 200_000
+"""More than any experiment needs; a file whose anchors multiply to more is refused, not expanded."""
+
+
+def check_graph(root: yaml.Node, problems: Problems) -> None:
+    """Finds what would break a walk through the graph, or be dropped without a word.
+
+    That is: keys written twice, tags that nobody knows, anchors that contain themselves.
+    """
+    done: set[int] = set()
+    unfinished: set[int] = set()
+    tags = known_tags()
+
+    def visit(node: yaml.Node) -> None:
+        if id(node) in unfinished:
+            problems.add("this anchor contains itself", place(node.start_mark))
+        if id(node) in unfinished or id(node) in done:
+            return
+        unfinished.add(id(node))
+        if node.tag.startswith("!") and node.tag not in tags:
+            problems.add(f"unknown tag '{node.tag}'{nearest(node.tag, tags)}", place(node.start_mark))
+        for child in children(node):
+            visit(child)
+        if isinstance(node, yaml.MappingNode):
+            _check_duplicates(node, problems)
+        unfinished.remove(id(node))
+        done.add(id(node))
+
+    visit(root)
+
+
+def _check_duplicates(node: yaml.MappingNode, problems: Problems) -> None:
+    first: dict[object, yaml.Mark] = {}
+    for key, _ in node.value:
+        # `<<` may be written more than once: PyYAML merges them in turn.
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
+        name = plain_key(key)
+        if name in first:
+            message = f"key '{name}' is written twice (first on line {first[name].line + 1})"
+            problems.add(message, place(key.start_mark))
+        first.setdefault(name, key.start_mark)
+
+
+def merge_all(root: yaml.Node) -> None:
+    """Writes out every ``<<`` in place, as FullLoader does on construction, without what was overridden."""
+    loader = TorchdistillLoader("")
+    done: set[int] = set()
+
+    def visit(node: yaml.Node) -> None:
+        if id(node) in done:
+            return
+        done.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            loader.flatten_mapping(node)
+            latest = {plain_key(key): (key, value) for key, value in node.value}
+            node.value = list(latest.values())
+        for child in children(node):
+            visit(child)
+
+    try:
+        visit(root)
+    except yaml.MarkedYAMLError as error:
+        where = place(error.problem_mark) if error.problem_mark else None
+        raise ConfigErrors([ConfigError(str(error.problem), where)]) from None
+
+
+def substitute(root: yaml.Node, old: yaml.Node, new: yaml.Node) -> None:
+    """Puts ``new`` wherever the graph holds ``old``: at its anchor and at every alias."""
+    done: set[int] = set()
+
+    def swap(node: yaml.Node) -> yaml.Node:
+        return new if node is old else node
+
+    def visit(node: yaml.Node) -> None:
+        if id(node) in done:
+            return
+        done.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            node.value = [(swap(key), swap(value)) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            node.value = [swap(item) for item in node.value]
+        for child in children(node):
+            visit(child)
+
+    visit(root)
+
+
+def unshare(root: yaml.Node) -> yaml.Node:
+    """A copy of the graph in which only active tags are shared.
+
+    torchdistill changes the mappings it is given (``requires_supp``, ``lr``), so no two places may hold the
+    same one; while a data set under an anchor is built once, and every alias means that object. Keys that
+    begin with ``_`` are left out of ``kwargs``: they hold anchors, and would be passed to the function.
+    """
+    built: dict[int, yaml.Node] = {}
+    count = 0
+
+    def copy(node: yaml.Node, in_kwargs: bool = False) -> yaml.Node:
+        nonlocal count
+        if id(node) in built:
+            return built[id(node)]
+        count += 1
+        if count > MAX_NODES:
+            message = f"its anchors expand to more than {MAX_NODES} values"
+            raise ConfigErrors([ConfigError(message, root.start_mark.name)])
+        value: Any = node.value
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(plain_key(key), key, child) for key, child in node.value]
+            kept = [pair for pair in pairs if not (in_kwargs and is_private(pair[0]))]
+            value = [(copy(key), copy(child, name == "kwargs")) for name, key, child in kept]
+        elif isinstance(node, yaml.SequenceNode):
+            value = [copy(child) for child in node.value]
+        duplicate = with_value(node, value)
+        if is_active(node):
+            built[id(node)] = duplicate
+        return duplicate
+
+    return copy(root)
+
+
+def to_text(root: yaml.Node) -> str:
+    """The graph as YAML that torchdistill's loader reads; what an active tag builds once is an anchor."""
+    return str(yaml.serialize(root, Dumper=yaml.Dumper, width=120, allow_unicode=True))
+
+
+def digest(root: yaml.Node) -> str:
+    """sha256 of what the graph says, whatever its comments, order of keys, anchors, and forms of numbers."""
+    return hashlib.sha256(json.dumps(_canonical(root)).encode()).hexdigest()
+
+
+def _canonical(node: yaml.Node) -> object:
+    """``node`` as JSON. Tags stay as written: resolved, a home folder would change the digest."""
+    content: object
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(key, value) for key, value in node.value if not is_private(plain_key(key))]
+        content = {
+            "mapping": sorted([json.dumps(_canonical(k)), json.dumps(_canonical(v))] for k, v in pairs)
+        }
+    elif isinstance(node, yaml.SequenceNode):
+        content = [_canonical(item) for item in node.value]
+    elif node.tag.startswith("!"):
+        content = node.value
+    else:
+        value = plain_value(node)
+        content = value if isinstance(value, str | int | float | None) else repr(value)
+    return {node.tag: content} if node.tag.startswith("!") else content

@@ -1,0 +1,252 @@
+"""Looks up what an experiment names: dependencies, components and their arguments, data sets, checkpoints."""
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain
+from typing import Any
+
+import torchvision
+import yaml
+from torch.utils.data import DataLoader
+from torchdistill import core as _core  # noqa: F401  registers forward, pre and post processes
+from torchdistill import datasets as _datasets  # noqa: F401  registers wrappers
+from torchdistill import losses as _losses  # noqa: F401  registers losses
+from torchdistill import models as _models  # noqa: F401  registers models and their wrappers
+from torchdistill.core.interfaces import registry as processes
+from torchdistill.datasets import registry as datasets
+from torchdistill.losses import registry as losses
+from torchdistill.models import registry as models
+from torchdistill.optim import registry as optim
+from torchdistill.optim import scheduler as _scheduler  # noqa: F401  registers schedulers
+
+from vkd_plugin.config.construct import one_line
+from vkd_plugin.config.nodes import OPAQUE, Entries, entries, is_null, is_private, plain_value
+from vkd_plugin.config.problems import KeyPath, Problems
+from vkd_plugin.config.signatures import keywords
+from vkd_plugin.config.source import entry_place, place
+from vkd_plugin.config.spec import Section, Text
+from vkd_plugin.config.structure import Found
+from vkd_plugin.suggest import nearest
+
+Registry = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How torchdistill makes a component of one kind from ``key`` and ``kwargs``.
+
+    Args:
+        registries: where it looks the key up, in its order. The dictionaries are torchdistill's own, so what
+            a dependency registers is in them.
+        positional: the number of leading arguments that torchdistill gives.
+        supplied: the keyword arguments that torchdistill gives.
+    """
+
+    registries: tuple[Registry, ...]
+    positional: int = 0
+    supplied: frozenset[str] = frozenset()
+
+
+_PLACEMENT = frozenset({"device", "device_ids", "distributed"})
+_WRAPPERS = (models.AUXILIARY_MODEL_WRAPPER_DICT,)
+
+COMPONENTS = {
+    "optimizer": Kind((optim.OPTIM_DICT,), positional=1),
+    "scheduler": Kind((optim.SCHEDULER_DICT,), positional=1),
+    "criterion": Kind((losses.HIGH_LEVEL_LOSS_DICT,)),
+    "loss": Kind((losses.MIDDLE_LEVEL_LOSS_DICT, losses.LOSS_DICT, losses.LOW_LEVEL_LOSS_DICT)),
+    "loss wrapper": Kind((losses.LOSS_WRAPPER_DICT,), positional=1),
+    "adaptation module": Kind((models.ADAPTATION_MODULE_DICT, models.MODULE_DICT)),
+    "teacher wrapper": Kind(_WRAPPERS, supplied=_PLACEMENT | {"teacher_model"}),
+    "student wrapper": Kind(_WRAPPERS, supplied=_PLACEMENT | {"student_model"}),
+    "batch sampler": Kind((datasets.BATCH_SAMPLER_DICT,), positional=1),
+    "dataset wrapper": Kind((datasets.DATASET_WRAPPER_DICT,), positional=1),
+}
+
+NAMES: dict[str, Registry] = {
+    "forward process": processes.FORWARD_PROC_FUNC_DICT,
+    "pre epoch process": processes.PRE_EPOCH_PROC_FUNC_DICT,
+    "pre forward process": processes.PRE_FORWARD_PROC_FUNC_DICT,
+    "post forward process": processes.POST_FORWARD_PROC_FUNC_DICT,
+    "post epoch process": processes.POST_EPOCH_PROC_FUNC_DICT,
+    "collate function": datasets.COLLATE_FUNC_DICT,
+    "function to extract the model's loss": losses.FUNC2EXTRACT_MODEL_OUTPUT_DICT,
+}
+
+
+def import_dependencies(root: yaml.MappingNode, problems: Problems) -> None:
+    """Imports the modules under ``dependencies``, which register what the rest of the file names."""
+    top = entries(root)
+    if "dependencies" not in top:
+        return
+    key, node = top["dependencies"]
+    items = node.value if isinstance(node, yaml.SequenceNode) and not node.tag.startswith("!") else [node]
+    for item in items:
+        value = _dependency(item)
+        if not value:
+            continue
+        where = entry_place(key, item) if item is node else place(item.start_mark)
+        try:
+            import_module(*value)
+        except Exception as error:  # a module may raise anything while it is imported
+            problems.add(f"cannot import '{value[0]}': {one_line(error)}", where, ("dependencies",))
+
+
+def _dependency(node: yaml.Node) -> list[str]:
+    """The arguments of ``import_module``, in any of the three forms that torchdistill takes."""
+    if isinstance(node, yaml.MappingNode):
+        known = {name: plain_value(value) for name, (_, value) in entries(node).items()}
+        values = [known.get("name"), known.get("package")]
+    else:
+        value = plain_value(node)
+        values = value if isinstance(value, list) else [value]
+    return [value for value in values if isinstance(value, str)]
+
+
+def check_references(root: yaml.MappingNode, found: list[Found], problems: Problems) -> None:
+    """Adds to ``problems`` every name in ``found`` that means nothing."""
+    dataset_ids = _dataset_ids(root)
+    written = {plain_value(node) for path, node in _destinations(root)}
+    for reference in found:
+        spec = reference.spec
+        if isinstance(spec, Section):
+            _check_component(reference, str(spec.component), problems)
+        elif isinstance(spec, Text):
+            name = plain_value(reference.node)
+            if name is OPAQUE:
+                continue
+            if spec.role == "checkpoint":
+                _check_checkpoint(name, reference, written, problems)
+            elif spec.role == "dataset":
+                if dataset_ids is not None and name not in dataset_ids:
+                    message = f"no dataset '{name}' under datasets{nearest(name, dataset_ids)}"
+                    problems.add(message, reference.where, reference.path)
+            elif name not in NAMES[str(spec.role)]:
+                message = f"no {spec.role} '{name}'{nearest(name, NAMES[str(spec.role)])}"
+                problems.add(message, reference.where, reference.path)
+
+
+# --- components ---------------------------------------------------------------------------------------------
+
+
+def _check_component(found: Found, component: str, problems: Problems) -> None:
+    """``key`` is registered, and ``kwargs`` are what it takes."""
+    assert isinstance(found.node, yaml.MappingNode)
+    present = entries(found.node)
+    kind = COMPONENTS.get(component)
+    if component == "data loader":
+        supplied = frozenset({"dataset", "sampler", "batch_sampler", "collate_fn"})
+        _check_arguments(found, DataLoader, "DataLoader", Kind((), supplied=supplied), problems)
+        return
+    key = plain_value(present["key"][1]) if "key" in present else OPAQUE
+    if not isinstance(key, str):
+        return
+    if kind is None:
+        kind = _model_kind(present)
+        if kind is None:
+            return
+    for registry in kind.registries:
+        if key in registry:
+            _check_arguments(found, registry[key], key, kind, problems)
+            return
+    # Lower-case first: among models the functions are meant, not the classes beside them.
+    message = f"no {component} '{key}'{nearest(key, chain(*kind.registries))}"
+    problems.add(message, entry_place(*present["key"]), (*found.path, "key"))
+
+
+def _model_kind(present: Entries) -> Kind | None:
+    """Where torchdistill looks for a model; None for one from torch.hub, which only the hub can name."""
+    if "repo_or_dir" in present and not is_null(present["repo_or_dir"][1]):
+        return None
+    quantized = "quantized" in present and plain_value(present["quantized"][1]) is True
+    official = torchvision.models.quantization if quantized else torchvision.models
+    tasks = (official, torchvision.models.detection, torchvision.models.segmentation)
+    return Kind((*(_callables(module) for module in tasks), models.MODEL_DICT))
+
+
+def _callables(module: Any) -> Registry:
+    """The functions that build models; the classes beside them are not for users."""
+    return {
+        name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"
+    }
+
+
+def _check_arguments(
+    found: Found, target: Callable[..., Any], key: str, kind: Kind, problems: Problems
+) -> None:
+    """``kwargs`` has no keyword that ``target`` does not read, and all that it needs."""
+    assert isinstance(found.node, yaml.MappingNode)
+    present = entries(found.node)
+    where, path = found.where, found.path
+    given: Entries = {}
+    if "kwargs" in present and not is_null(present["kwargs"][1]):
+        node = present["kwargs"][1]
+        if not isinstance(node, yaml.MappingNode) or node.tag.startswith("!"):
+            return
+        given = entries(node)
+        where, path = entry_place(*present["kwargs"]), (*path, "kwargs")
+    args = present["args"][1] if "args" in present else None
+    if args is not None and args.tag.startswith("!"):
+        return
+    count = kind.positional + (len(args.value) if isinstance(args, yaml.SequenceNode) else 0)
+    takes = keywords(target).without(count, kind.supplied)
+    for name, (key_node, value) in given.items():
+        if is_private(name) or isinstance(name, yaml.Node):
+            continue
+        if name in kind.supplied:
+            problems.add(f"torchdistill itself gives '{name}' to {key}", entry_place(key_node, value), path)
+        elif name not in takes.names and not takes.open:
+            message = f"{key} takes no argument '{name}'{nearest(name, takes.names)}"
+            problems.add(message, entry_place(key_node, value), path)
+    for name in takes.names:
+        if name in takes.required and name not in given:
+            problems.add(f"{key} needs the argument '{name}'", where, path)
+
+
+# --- data sets and checkpoints ------------------------------------------------------------------------------
+
+
+def _dataset_ids(root: yaml.MappingNode) -> set[object] | None:
+    """The names under ``datasets``; None where a tag makes them."""
+    node = entries(root)["datasets"][1]
+    if not isinstance(node, yaml.MappingNode) or node.tag.startswith("!"):
+        return None
+    names = set(entries(node))
+    return None if any(isinstance(name, yaml.Node) for name in names) else names
+
+
+def _destinations(root: yaml.MappingNode) -> list[tuple[KeyPath, yaml.Node]]:
+    """Every ``dst_ckpt`` in the file."""
+    result: list[tuple[KeyPath, yaml.Node]] = []
+
+    def visit(node: yaml.Node, path: KeyPath) -> None:
+        if isinstance(node, yaml.MappingNode) and not node.tag.startswith("!"):
+            for name, (_, value) in entries(node).items():
+                if name == "dst_ckpt":
+                    result.append((path, value))
+                visit(value, (*path, name))
+
+    for section in ("models", "train"):
+        visit(entries(root)[section][1], (section,))
+    return result
+
+
+def _check_checkpoint(name: str, found: Found, written: set[object], problems: Problems) -> None:
+    """A checkpoint to start from is there; torchdistill would go on with random weights."""
+    if name.startswith(("http://", "https://")) or os.path.isfile(name):
+        return
+    if os.path.isdir(name):
+        problems.add(f"'{name}' is a folder, not a checkpoint", found.where, found.path)
+        return
+    # A run that starts from its own output starts from scratch the first time, and resumes later; a later
+    # stage starts from what an earlier one writes. A teacher to begin with comes from nowhere else.
+    teacher = "teacher" in found.path or "teacher_model" in found.path
+    first = not any(
+        isinstance(part, str) and part.startswith("stage") and part != "stage1" for part in found.path
+    )
+    if name in written and not (teacher and first):
+        return
+    problems.add(f"no checkpoint at '{name}'", found.where, found.path)

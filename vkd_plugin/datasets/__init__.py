@@ -4,5 +4,6 @@
 import torchvision.datasets  # noqa: F401
 
 from .digits import Digits
+from .mixing import MixingCollator
 
-__all__ = ["Digits"]
+__all__ = ["Digits", "MixingCollator"]

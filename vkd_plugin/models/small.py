@@ -4,7 +4,6 @@ The teacher is convolutional, the student a vision transformer without any convo
 there is an inductive bias to hand over.
 """
 
-
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchdistill.models.registry import register_model
@@ -61,7 +60,7 @@ def digits_vit(
     in_chans: int = 1,
     drop_path_rate: float = 0.0,
 ) -> VisionTransformer:
-    """timm's VisionTransformer for 8 x 8 images: a class token, 16 patches; 116 thousand parameters.
+    """timm's VisionTransformer for 8 x 8 images: a class token, 16 patches; 115 thousand parameters.
 
     Its module ``norm`` puts out the tokens, (B, 17, embed_dim), the class token first; ``head`` the logits
     (B, num_classes).

@@ -1,0 +1,210 @@
+"""Data loaders from torchdistill's YAML, with addressed randomness and shards that fit their use.
+
+Sections and keys keep torchdistill's meaning (``dataset_id``, ``dataset_wrapper``, ``requires_supp``, ``sampler``,
+``batch_sampler``, ``collate_fn``, ``kwargs``); ``batch_size`` is per process. What differs:
+
+* the order, transforms and mixing are addressed (:mod:`vkd_plugin.engine.randomness`), whatever the sampler;
+* the sampler of the YAML is kept under several processes too, and its order dealt out to them, where torchdistill
+  puts a DistributedSampler in its place. For training the order is padded from its beginning so that all
+  processes have the same number of batches; for evaluation each sample is seen exactly once over all processes;
+* workers are kept between epochs unless ``persistent_workers`` says otherwise;
+* the configuration is left as it was.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    default_collate,
+)
+from torchdistill.datasets.registry import get_batch_sampler, get_collate_func, get_dataset_wrapper
+from torchdistill.datasets.wrapper import BaseDatasetWrapper
+
+from ..errors import UserError
+from ..suggest import nearest
+from .randomness import AddressedBatches, AddressedCollator, AddressedDataset, addressed, stable_hash
+
+logger = logging.getLogger(__name__)
+
+
+class EpochSampler(Sampler[Any]):
+    """One process's part of a sampler's order, which depends on ``(seed, epoch)`` only.
+
+    Rank r takes every W-th index from the r-th on, so the batches that W ranks take at one step are together a
+    stretch of the order, the same stretch for any W of one global batch size.
+
+    Args:
+        sampler: the order of a whole epoch; may draw from the global generators, which are addressed.
+        seed: the root of all randomness.
+        rank, world_size: this process and the number of all.
+        pad: repeat the beginning of the order so that all ranks get the same number of indices. Without it ranks
+            differ by one at most, and no index comes twice.
+    """
+
+    def __init__(
+        self, sampler: Sampler[Any], seed: int, rank: int = 0, world_size: int = 1, pad: bool = True
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+        self.sampler = sampler
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.pad = pad
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration; a sampler of the user's that wants to know is told too."""
+        self.epoch = epoch
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        with addressed(self.seed, "order", self.epoch):
+            order = list(self.sampler)
+        if self.pad:
+            order = list(islice(cycle(order), len(order) + -len(order) % self.world_size))
+        return iter(order[self.rank :: self.world_size])
+
+    def __len__(self) -> int:
+        total: int = len(self.sampler)  # type: ignore[arg-type]
+        missing = -total % self.world_size if self.pad else 0
+        return len(range(self.rank, total + missing, self.world_size))
+
+
+def build_loader(
+    dataset: Dataset[Any],
+    config: Mapping[str, Any],
+    *,
+    train: bool,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader[Any]:
+    """The data loader of a ``train_data_loader``, ``val_data_loader`` or ``test_data_loader`` section.
+
+    Args:
+        dataset: a map-style data set.
+        config: the section. Without a ``sampler`` training is shuffled and evaluation in order.
+        train: shards of equal size (True), or every sample exactly once (False).
+        seed: the root of all randomness.
+        rank, world_size: this process and the number of all.
+
+    Raises:
+        UserError: an iterable data set, or ``batch_size: null``.
+        ValueError: an unknown dataset wrapper, batch sampler or collate function.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise UserError(f"{type(dataset).__name__} is iterable; samples need an index (a map-style data set)")
+    if config.get("cache_output"):
+        logger.warning("cache_output is ignored: torchdistill has had no cache of outputs since 1.1.5")
+    wrapped = _wrapped(dataset, config)
+    sampler = EpochSampler(_sampler(wrapped, config, train), seed, rank, world_size, pad=train)
+    options = {**(config.get("kwargs") or {})}
+    batches = _batch_sampler(sampler, config, options)
+    collate = config.get("collate_fn")
+    collate = collate if callable(collate) else get_collate_func(collate)
+    if options.get("num_workers"):
+        options.setdefault("persistent_workers", True)
+    # A generator of its own, as the loader would draw its workers' seed from the global one.
+    options.setdefault("generator", torch.Generator().manual_seed(stable_hash(seed, "workers", rank)))
+    return DataLoader(
+        AddressedDataset(wrapped, seed),
+        batch_sampler=AddressedBatches(batches, seed),
+        collate_fn=AddressedCollator(collate or default_collate, seed, rank),
+        **options,
+    )
+
+
+def loader_factory(
+    seed: int, rank: int = 0, world_size: int = 1
+) -> Callable[..., list[DataLoader[Any] | None]]:
+    """A stand-in for ``torchdistill.datasets.util.build_data_loaders``, with its signature.
+
+    Args:
+        seed: the root of all randomness.
+        rank, world_size: this process and the number of all.
+
+    Returns:
+        ``load(datasets, configs, distributed, accelerator=None, train=None)``. As in torchdistill's boxes, the
+        first of two configs is for training and the second for evaluation; ``train`` (a bool) says it for all of
+        them. A config without ``dataset_id`` makes None.
+    """
+
+    def load(
+        datasets: Mapping[str, Dataset[Any]],
+        configs: Sequence[Mapping[str, Any]],
+        distributed: bool = False,
+        accelerator: object = None,
+        train: bool | None = None,
+    ) -> list[DataLoader[Any] | None]:
+        loaders: list[DataLoader[Any] | None] = []
+        for place, config in enumerate(configs):
+            name = config.get("dataset_id")
+            if name is not None and name not in datasets:
+                raise UserError(f"no data set '{name}' under datasets{nearest(name, datasets)}")
+            for_training = len(configs) > 1 and place == 0 if train is None else train
+            loaders.append(
+                None
+                if name is None
+                else build_loader(
+                    datasets[name], config, train=for_training, seed=seed, rank=rank, world_size=world_size
+                )
+            )
+        return loaders
+
+    return load
+
+
+def set_epoch(loader: DataLoader[Any], epoch: int, first_batch: int = 0) -> None:
+    """Chooses the epoch (from 0) that the next iteration of a loader goes through.
+
+    Args:
+        loader: from :func:`build_loader`.
+        epoch: see above.
+        first_batch: leave out the batches before this one, without loading them; those that follow are what they
+            are in a whole epoch.
+    """
+    assert isinstance(loader.batch_sampler, AddressedBatches)
+    loader.batch_sampler.set_epoch(epoch, first_batch)
+
+
+def _wrapped(dataset: Dataset[Any], config: Mapping[str, Any]) -> Dataset[Any]:
+    wrapper = config.get("dataset_wrapper")
+    if wrapper:
+        build = get_dataset_wrapper(wrapper["key"])
+        return build(dataset, *(wrapper.get("args") or []), **(wrapper.get("kwargs") or {}))
+    return BaseDatasetWrapper(dataset) if config.get("requires_supp") else dataset
+
+
+def _sampler(dataset: Dataset[Any], config: Mapping[str, Any], train: bool) -> Sampler[Any]:
+    section = config.get("sampler") or {}
+    build = section.get("class_or_func") or (RandomSampler if train else SequentialSampler)
+    kwargs = section.get("kwargs") or {}
+    if isinstance(build, type) and issubclass(build, DistributedSampler):
+        kwargs = {**kwargs, "num_replicas": 1, "rank": 0}  # the whole order: EpochSampler deals it out
+    return build(dataset, **kwargs)
+
+
+def _batch_sampler(
+    sampler: EpochSampler, config: Mapping[str, Any], options: dict[str, Any]
+) -> BatchSampler | Sampler[list[Any]]:
+    """The batch sampler of the YAML, else torch's from ``batch_size`` and ``drop_last``, taken out of ``options``."""
+    section = config.get("batch_sampler")
+    if section:
+        return get_batch_sampler(section["key"])(sampler, **(section.get("kwargs") or {}))
+    batch_size = options.pop("batch_size", 1)
+    if batch_size is None:
+        raise UserError("batch_size: null is not supported; give the number of samples in a batch")
+    return BatchSampler(sampler, batch_size, options.pop("drop_last", False))

@@ -1,0 +1,191 @@
+"""Randomness that is addressed, not consumed.
+
+What is drawn depends on where it is drawn, never on what was drawn before::
+
+    sample order         f(seed, epoch)
+    a sample's transform f(seed, epoch, sample index)
+    a batch's mixing     f(seed, epoch, batch of the epoch, rank)
+
+So a run that goes on from a checkpoint draws what it would have drawn, any number of loader workers draws the
+same, and no two ranks repeat each other. The address travels with the request for a batch
+(:class:`BatchAddress`), not as state of the data set: persistent workers and prefetching cannot get it wrong.
+
+Addressed are the global generators of python, numpy and torch (CPU). A transform that owns a generator, such as
+``numpy.random.default_rng()``, is out of reach.
+"""
+
+import hashlib
+import operator
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, SupportsIndex
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, Dataset, Sampler
+
+
+def stable_hash(*address: str | SupportsIndex) -> int:
+    """64 well-mixed bits of an address, the same on every machine and in every process (``hash()`` is not)."""
+    parts = tuple([part if isinstance(part, str) else operator.index(part) for part in address])
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def address(seed: int, *address: str | SupportsIndex) -> None:
+    """Seeds the global generators of python, numpy and torch, those of its devices included, from an address.
+
+    For what a training step draws on its device: dropout, stochastic depth.
+    """
+    bits = stable_hash(seed, *address)
+    _seed_generators(bits)
+    torch.manual_seed(bits)
+
+
+@contextmanager
+def addressed(seed: int, *address: str | SupportsIndex) -> Iterator[None]:
+    """Within the block the global CPU generators are those of an address; afterwards they are what they were."""
+    with _generators_restored():
+        _seed_generators(stable_hash(seed, *address))
+        yield
+
+
+def _seed_generators(bits: int) -> None:
+    # torch's CPU generator and numpy's keep 32 bits of a seed, so each gets its own half. torch.manual_seed would
+    # reach for the devices too and take a hundred times as long.
+    random.seed(bits)
+    np.random.seed(bits >> 32)  # noqa: NPY002 (transforms draw from the global generator)
+    torch.default_generator.manual_seed(bits)
+
+
+@contextmanager
+def _generators_restored() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    cpu = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.default_generator.set_state(cpu)
+
+
+@dataclass(frozen=True)
+class BatchAddress:
+    """A request for one batch.
+
+    Args:
+        epoch: counts from 0.
+        batch: place of the batch in the epoch, counts from 0.
+        indices: the samples.
+    """
+
+    epoch: int
+    batch: int
+    indices: list[Any]
+
+
+class AddressedBatches(Sampler[Any]):
+    """Gives each batch of a batch sampler its address.
+
+    Args:
+        batch_sampler: yields lists of sample indices; may draw from the global generators, which are addressed
+            by ``(seed, epoch)`` while it does.
+        seed: the root of all randomness.
+
+    Attributes:
+        sampler: that of ``batch_sampler`` (None if it has none), where torchdistill looks for it.
+    """
+
+    def __init__(self, batch_sampler: BatchSampler | Sampler[list[Any]], seed: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.sampler = getattr(batch_sampler, "sampler", None)
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Chooses the epoch that the next iteration goes through, and how many of its batches to leave out."""
+        self.epoch, self.first_batch = epoch, first_batch
+        for part in (self.batch_sampler, self.sampler):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[BatchAddress]:
+        with addressed(self.seed, "batches", self.epoch):
+            batches = list(self.batch_sampler)
+        epoch = self.epoch
+        for batch, indices in islice(enumerate(batches), self.first_batch, None):
+            yield BatchAddress(epoch, batch, indices)
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return len(self.batch_sampler)  # type: ignore[arg-type]
+
+
+class AddressedDataset(Dataset[Any]):
+    """A data set whose items depend on ``(seed, epoch, index)`` and nothing else.
+
+    A :class:`BatchAddress` brings the epoch; an item taken by its bare index is that of epoch 0. Attributes such
+    as ``classes`` and ``targets`` are those of the wrapped data set.
+
+    Args:
+        dataset: a map-style data set, with all its own wrappers.
+        seed: the root of all randomness.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, index: Any) -> Any:
+        with _generators_restored():
+            return self._item(0, index)
+
+    def __getitems__(self, batch: "BatchAddress | list[Any]") -> Any:
+        """What a DataLoader calls with what its batch sampler yields: the address and its samples, for the collator.
+
+        A list of indices, as ``torch.utils.data.Subset`` asks for, gets a list of items.
+        """
+        if not isinstance(batch, BatchAddress):
+            return [self[index] for index in batch]
+        with _generators_restored():  # once per batch, as saving them costs more than ten samples' seeds
+            return batch, [self._item(batch.epoch, index) for index in batch.indices]
+
+    def _item(self, epoch: int, index: Any) -> Any:
+        _seed_generators(stable_hash(self.seed, "sample", epoch, index))
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is not found here. Copying and unpickling ask before there is a data set to pass it on to.
+        inner = self.__dict__.get("dataset")
+        while inner is not None and not name.startswith("__"):
+            if hasattr(inner, name):
+                return getattr(inner, name)
+            inner = getattr(inner, "org_dataset", None)  # torchdistill's wrappers do not pass attributes on
+        raise AttributeError(f"'{type(self).__name__}' object and its data set have no attribute '{name}'")
+
+
+class AddressedCollator:
+    """Collates what :class:`AddressedDataset` fetched, with generators that depend on the batch's address.
+
+    Args:
+        collate: list of samples to batch; may draw from the global generators.
+        seed: the root of all randomness.
+        rank: of this process, as its n-th batch is another one than its peers'.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], seed: int, rank: int = 0) -> None:
+        self.collate = collate
+        self.seed = seed
+        self.rank = rank
+
+    def __call__(self, fetched: tuple[BatchAddress, list[Any]]) -> Any:
+        batch, samples = fetched
+        with addressed(self.seed, "batch", batch.epoch, batch.batch, self.rank):
+            return self.collate(samples)

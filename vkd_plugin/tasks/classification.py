@@ -1,0 +1,94 @@
+"""Image classification: what a batch is, how a model is measured, and by what the best checkpoint is chosen."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed as dist, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import UserError
+
+
+class Classification:
+    """The task whose targets are classes.
+
+    Attributes:
+        metric: name of the figure that chooses the best checkpoint; higher is better.
+    """
+
+    metric = "top1"
+
+    def unpack(self, batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
+        """Samples and targets on the device, and the supplement where the loader put it.
+
+        Args:
+            batch: ``(samples, targets)`` or torchdistill's ``(samples, targets, supplement)``.
+            device: where to.
+
+        Returns:
+            ``(samples, targets, supplement)``; the supplement is ``{}`` if there is none.
+        """
+        samples, targets, *rest = batch
+        supplement = rest[0] if rest else {}
+        return samples.to(device, non_blocking=True), targets.to(device, non_blocking=True), supplement
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, loader: Iterable[Any], device: torch.device) -> dict[str, float]:
+        """Accuracy and cross-entropy over all samples of a loader, and over those of all processes.
+
+        Every process calls it with its own part of the samples; the parts may differ in size. What is summed
+        are counts, so with parts that do not overlap the figures are those of one process, to the last sample.
+
+        Args:
+            model: from images to logits (N, K). Where it returns several heads, as DeiT does in training mode,
+                their mean is measured, as DeiT does. It is measured in evaluation mode and left as it was.
+            loader: batches with targets (N,), int64.
+            device: where the model is.
+
+        Returns:
+            ``top1`` and ``top5``, percent (``top5`` of fewer than five classes is 100), and ``loss``, the mean
+            cross-entropy.
+
+        Raises:
+            UserError: outputs that are not logits, or no samples at all.
+        """
+        # Past DistributedDataParallel, which would exchange buffers at each forward and wait for a process that has
+        # fewer batches.
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # samples, top-1 hits, top-5 hits, loss
+        try:
+            for batch in loader:
+                samples, targets, _ = self.unpack(batch, device)
+                sums += _batch_sums(_logits(model(samples)), targets)
+        finally:
+            for module, training in modes:
+                module.training = training
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        count, top1, top5, loss = sums.tolist()  # the only time that the host waits for the device
+        if not count:
+            raise UserError("nothing to evaluate: the data set is empty")
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+
+
+def _logits(outputs: Any) -> Tensor:
+    """(N, K) float32 from what a classifier returns."""
+    if isinstance(outputs, tuple | list) and outputs and all(isinstance(head, Tensor) for head in outputs):
+        outputs = torch.stack([head.float() for head in outputs]).mean(dim=0)
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(f"a classifier must return logits (N, classes), or several of them; got {found}")
+    return outputs.float()
+
+
+def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """Samples, top-1 hits, top-5 hits and summed loss of a batch, (4,) float64 on the device."""
+    best = logits.topk(min(5, logits.shape[1])).indices
+    hits = best == targets[:, None]
+    count = hits.new_tensor(len(targets), dtype=torch.float64)
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    return torch.stack([count, hits[:, 0].sum(), hits.sum(), loss.double()])

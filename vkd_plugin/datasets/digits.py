@@ -30,16 +30,17 @@ class Digits(Dataset):
               split: 'train'
               transform: !import_call {key: 'torchvision.transforms.ToTensor', init: }
 
-    Items are ``(image, label)``: a PIL image of mode ``L``, 8 x 8, its 17 grey levels spread over 0 to 255, and
-    an int from 0 to 9; each goes through its transform.
+    Items are ``(image, label)``: a PIL image of mode ``L``, 8 x 8, its 17 grey levels spread over 0 to 255,
+    and an int from 0 to 9; each goes through its transform.
 
     Args:
-        split: ``'train'`` or ``'test'``. In each class the file's order, which goes from writer to writer, gives
-            every n/50-th image to the test split: both splits hold all writers and the test split is balanced.
+        split: ``'train'`` or ``'test'``. In each class the file's order, which goes from writer to writer,
+            gives every n/50-th image to the test split: both splits hold all writers and the test split is
+            balanced.
         transform: applied to the image.
         target_transform: applied to the label.
-        fraction: share of the training images to keep, in (0, 1], of each class at least one. With one ``seed``
-            a smaller fraction is a part of a larger one.
+        fraction: share of the training images to keep, in (0, 1], of each class at least one. With one
+            ``seed`` a smaller fraction is a part of a larger one.
         seed: chooses which images a fraction keeps.
 
     Attributes:
@@ -101,5 +102,5 @@ class Digits(Dataset):
 
 
 def _draw(seed: int, index: int) -> bytes:
-    """A sort key that puts indices in a random order: of a hash, as libraries' generators change with time."""
+    """A sort key that puts indices in a random order; a hash, as libraries change their generators."""
     return hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()

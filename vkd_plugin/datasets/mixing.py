@@ -1,7 +1,8 @@
 """Mixup and CutMix while batches are collated, so that they work under torchdistill's own scripts as well.
 
 H. Zhang et al., mixup: Beyond Empirical Risk Minimization, ICLR 2018.
-S. Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features, ICCV 2019.
+S. Yun et al., CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
+ICCV 2019.
 """
 
 from typing import Any
@@ -22,9 +23,9 @@ class MixingCollator:
           key: 'vkd_plugin.datasets.MixingCollator'
           init: {kwargs: {num_classes: 1000, mixup_alpha: 0.8, cutmix_alpha: 1.0, label_smoothing: 0.1}}
 
-    Samples are ``(image, label)`` or ``(image, label, supplement)``, images float (C, H, W), labels ints. The batch
-    is ``(images, targets)`` or ``(images, targets, supplements)``, targets float (N, num_classes) with rows that
-    sum to one. Where N is odd, which timm refuses, the last image is left as it is.
+    Samples are ``(image, label)`` or ``(image, label, supplement)``, images float (C, H, W), labels ints.
+    The batch is ``(images, targets)`` or ``(images, targets, supplements)``, targets float (N, num_classes)
+    with rows that sum to one. Where N is odd, which timm refuses, the last image is left as it is.
 
     It draws from numpy's global generator, which the engine addresses.
 

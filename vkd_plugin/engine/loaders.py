@@ -1,12 +1,13 @@
 """Data loaders from torchdistill's YAML, with addressed randomness and shards that fit their use.
 
-Sections and keys keep torchdistill's meaning (``dataset_id``, ``dataset_wrapper``, ``requires_supp``, ``sampler``,
-``batch_sampler``, ``collate_fn``, ``kwargs``); ``batch_size`` is per process. What differs:
+Sections and keys keep torchdistill's meaning (``dataset_id``, ``dataset_wrapper``, ``requires_supp``,
+``sampler``, ``batch_sampler``, ``collate_fn``, ``kwargs``); ``batch_size`` is per process. What differs:
 
 * the order, transforms and mixing are addressed (:mod:`vkd_plugin.engine.randomness`), whatever the sampler;
-* the sampler of the YAML is kept under several processes too, and its order dealt out to them, where torchdistill
-  puts a DistributedSampler in its place. For training the order is padded from its beginning so that all
-  processes have the same number of batches; for evaluation each sample is seen exactly once over all processes;
+* the sampler of the YAML is kept under several processes too, and its order dealt out to them, where
+  torchdistill puts a DistributedSampler in its place. For training the order is padded from its beginning so
+  that all processes have the same number of batches; for evaluation each sample is seen exactly once over
+  all processes;
 * workers are kept between epochs unless ``persistent_workers`` says otherwise;
 * the configuration is left as it was.
 """
@@ -41,15 +42,15 @@ logger = logging.getLogger(__name__)
 class EpochSampler(Sampler[Any]):
     """One process's part of a sampler's order, which depends on ``(seed, epoch)`` only.
 
-    Rank r takes every W-th index from the r-th on, so the batches that W ranks take at one step are together a
-    stretch of the order, the same stretch for any W of one global batch size.
+    Rank r takes every W-th index from the r-th on, so the batches that W ranks take at one step are together
+    a stretch of the order, the same stretch for any W of one global batch size.
 
     Args:
         sampler: the order of a whole epoch; may draw from the global generators, which are addressed.
         seed: the root of all randomness.
         rank, world_size: this process and the number of all.
-        pad: repeat the beginning of the order so that all ranks get the same number of indices. Without it ranks
-            differ by one at most, and no index comes twice.
+        pad: repeat the beginning of the order so that all ranks get the same number of indices. Without it
+            ranks differ by one at most, and no index comes twice.
     """
 
     def __init__(
@@ -137,9 +138,9 @@ def loader_factory(
         rank, world_size: this process and the number of all.
 
     Returns:
-        ``load(datasets, configs, distributed, accelerator=None, train=None)``. As in torchdistill's boxes, the
-        first of two configs is for training and the second for evaluation; ``train`` (a bool) says it for all of
-        them. A config without ``dataset_id`` makes None.
+        ``load(datasets, configs, distributed, accelerator=None, train=None)``. As in torchdistill's boxes,
+        the first of two configs is for training and the second for evaluation; ``train`` (a bool) says it
+        for all of them. A config without ``dataset_id`` makes None.
     """
 
     def load(
@@ -173,14 +174,14 @@ def set_epoch(loader: DataLoader[Any], epoch: int, first_batch: int = 0) -> None
     Args:
         loader: from :func:`build_loader`.
         epoch: see above.
-        first_batch: leave out the batches before this one, without loading them; those that follow are what they
-            are in a whole epoch.
+        first_batch: leave out the batches before this one, without loading them; those that follow are what
+            they are in a whole epoch.
     """
     assert isinstance(loader.batch_sampler, AddressedBatches)
     loader.batch_sampler.set_epoch(epoch, first_batch)
 
 
-def _wrapped(dataset: Dataset[Any], config: Mapping[str, Any]) -> Dataset[Any]:
+def _wrapped(dataset: Dataset[Any], config: Mapping[str, Any]) -> Any:
     wrapper = config.get("dataset_wrapper")
     if wrapper:
         build = get_dataset_wrapper(wrapper["key"])
@@ -188,7 +189,7 @@ def _wrapped(dataset: Dataset[Any], config: Mapping[str, Any]) -> Dataset[Any]:
     return BaseDatasetWrapper(dataset) if config.get("requires_supp") else dataset
 
 
-def _sampler(dataset: Dataset[Any], config: Mapping[str, Any], train: bool) -> Sampler[Any]:
+def _sampler(dataset: Any, config: Mapping[str, Any], train: bool) -> Sampler[Any]:
     section = config.get("sampler") or {}
     build = section.get("class_or_func") or (RandomSampler if train else SequentialSampler)
     kwargs = section.get("kwargs") or {}
@@ -200,7 +201,7 @@ def _sampler(dataset: Dataset[Any], config: Mapping[str, Any], train: bool) -> S
 def _batch_sampler(
     sampler: EpochSampler, config: Mapping[str, Any], options: dict[str, Any]
 ) -> BatchSampler | Sampler[list[Any]]:
-    """The batch sampler of the YAML, else torch's from ``batch_size`` and ``drop_last``, taken out of ``options``."""
+    """That of the YAML, else torch's from ``batch_size`` and ``drop_last``, which leave ``options``."""
     section = config.get("batch_sampler")
     if section:
         return get_batch_sampler(section["key"])(sampler, **(section.get("kwargs") or {}))

@@ -10,8 +10,8 @@ So a run that goes on from a checkpoint draws what it would have drawn, any numb
 same, and no two ranks repeat each other. The address travels with the request for a batch
 (:class:`BatchAddress`), not as state of the data set: persistent workers and prefetching cannot get it wrong.
 
-Addressed are the global generators of python, numpy and torch (CPU). A transform that owns a generator, such as
-``numpy.random.default_rng()``, is out of reach.
+Addressed are the global generators of python, numpy and torch (CPU). A transform that owns a generator, such
+as ``numpy.random.default_rng()``, is out of reach.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from torch.utils.data import BatchSampler, Dataset, Sampler
 
 
 def stable_hash(*address: str | SupportsIndex) -> int:
-    """64 well-mixed bits of an address, the same on every machine and in every process (``hash()`` is not)."""
+    """64 well-mixed bits of an address, the same in every process and on every machine, unlike ``hash``."""
     parts = tuple([part if isinstance(part, str) else operator.index(part) for part in address])
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
@@ -46,15 +46,15 @@ def address(seed: int, *address: str | SupportsIndex) -> None:
 
 @contextmanager
 def addressed(seed: int, *address: str | SupportsIndex) -> Iterator[None]:
-    """Within the block the global CPU generators are those of an address; afterwards they are what they were."""
+    """Within the block the global CPU generators are those of an address; afterwards as they were before."""
     with _generators_restored():
         _seed_generators(stable_hash(seed, *address))
         yield
 
 
 def _seed_generators(bits: int) -> None:
-    # torch's CPU generator and numpy's keep 32 bits of a seed, so each gets its own half. torch.manual_seed would
-    # reach for the devices too and take a hundred times as long.
+    # torch's CPU generator and numpy's keep 32 bits of a seed, so each gets its own half. torch.manual_seed
+    # would reach for the devices too and take a hundred times as long.
     random.seed(bits)
     np.random.seed(bits >> 32)  # noqa: NPY002 (transforms draw from the global generator)
     torch.default_generator.manual_seed(bits)
@@ -91,8 +91,8 @@ class AddressedBatches(Sampler[Any]):
     """Gives each batch of a batch sampler its address.
 
     Args:
-        batch_sampler: yields lists of sample indices; may draw from the global generators, which are addressed
-            by ``(seed, epoch)`` while it does.
+        batch_sampler: yields lists of sample indices; may draw from the global generators, which are
+            addressed by ``(seed, epoch)`` while it does.
         seed: the root of all randomness.
 
     Attributes:
@@ -107,11 +107,12 @@ class AddressedBatches(Sampler[Any]):
         self.first_batch = 0
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Chooses the epoch that the next iteration goes through, and how many of its batches to leave out."""
+        """Chooses the epoch of the next iteration, and how many of its batches to leave out."""
         self.epoch, self.first_batch = epoch, first_batch
         for part in (self.batch_sampler, self.sampler):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+            tell = getattr(part, "set_epoch", None)
+            if tell is not None:
+                tell(epoch)
 
     def __iter__(self) -> Iterator[BatchAddress]:
         with addressed(self.seed, "batches", self.epoch):
@@ -128,8 +129,8 @@ class AddressedBatches(Sampler[Any]):
 class AddressedDataset(Dataset[Any]):
     """A data set whose items depend on ``(seed, epoch, index)`` and nothing else.
 
-    A :class:`BatchAddress` brings the epoch; an item taken by its bare index is that of epoch 0. Attributes such
-    as ``classes`` and ``targets`` are those of the wrapped data set.
+    A :class:`BatchAddress` brings the epoch; an item taken by its bare index is that of epoch 0. Attributes
+    such as ``classes`` and ``targets`` are those of the wrapped data set.
 
     Args:
         dataset: a map-style data set, with all its own wrappers.
@@ -144,8 +145,8 @@ class AddressedDataset(Dataset[Any]):
         with _generators_restored():
             return self._item(0, index)
 
-    def __getitems__(self, batch: "BatchAddress | list[Any]") -> Any:
-        """What a DataLoader calls with what its batch sampler yields: the address and its samples, for the collator.
+    def __getitems__(self, batch: BatchAddress | list[Any]) -> Any:
+        """What a DataLoader asks for, by an address of its batch sampler: that address and its samples.
 
         A list of indices, as ``torch.utils.data.Subset`` asks for, gets a list of items.
         """
@@ -185,7 +186,7 @@ class AddressedCollator:
         self.seed = seed
         self.rank = rank
 
-    def __call__(self, fetched: tuple[BatchAddress, list[Any]]) -> Any:
-        batch, samples = fetched
+    def __call__(self, fetched: Any) -> Any:
+        batch, samples = fetched  # as AddressedDataset.__getitems__ returns it
         with addressed(self.seed, "batch", batch.epoch, batch.batch, self.rank):
             return self.collate(samples)

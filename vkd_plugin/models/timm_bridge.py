@@ -28,8 +28,8 @@ def timm_model(
           kwargs: {name: 'regnety_160.deit_in1k', pretrained: True}
 
     Args:
-        name: with the tag of its weights where there are several: the untagged ``regnety_160`` is not the teacher
-            of DeiT, which is ``regnety_160.deit_in1k``.
+        name: with the tag of its weights where there are several: the untagged ``regnety_160`` is not the
+            teacher of DeiT, which is ``regnety_160.deit_in1k``.
         pretrained: download timm's weights, or take them from its cache.
         checkpoint: a local file instead, see :func:`load_weights`; all its names and shapes must fit.
         kwargs: for the model (``num_classes``, ``img_size``, ``drop_path_rate``, ...).

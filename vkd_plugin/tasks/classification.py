@@ -1,11 +1,12 @@
-"""Image classification: what a batch is, how a model is measured, and by what the best checkpoint is chosen."""
+"""Image classification: the batch, the measure, and the metric that chooses the best checkpoint."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed as dist, nn
+from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
@@ -39,23 +40,25 @@ class Classification:
         """Accuracy and cross-entropy over all samples of a loader, and over those of all processes.
 
         Every process calls it with its own part of the samples; the parts may differ in size. What is summed
-        are counts, so with parts that do not overlap the figures are those of one process, to the last sample.
+        are counts, so with parts that do not overlap the figures are those of one process, to the last
+        sample.
 
         Args:
-            model: from images to logits (N, K). Where it returns several heads, as DeiT does in training mode,
-                their mean is measured, as DeiT does. It is measured in evaluation mode and left as it was.
+            model: from images to logits (N, K). Where it returns several heads, as DeiT does in training
+                mode, their mean is measured, as DeiT does. It is measured in evaluation mode and left as it
+                was.
             loader: batches with targets (N,), int64.
             device: where the model is.
 
         Returns:
-            ``top1`` and ``top5``, percent (``top5`` of fewer than five classes is 100), and ``loss``, the mean
-            cross-entropy.
+            ``top1`` and ``top5``, percent (``top5`` of fewer than five classes is 100), and ``loss``, the
+            mean cross-entropy.
 
         Raises:
             UserError: outputs that are not logits, or no samples at all.
         """
-        # Past DistributedDataParallel, which would exchange buffers at each forward and wait for a process that has
-        # fewer batches.
+        # Past DistributedDataParallel, which would exchange buffers at each forward and wait for a process
+        # that has fewer batches.
         model = model.module if isinstance(model, DistributedDataParallel) else model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .errors import EXIT_BAD_INPUT, UserError
+from .errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from .suggest import nearest
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser; flags that torchdistill's example scripts have keep their names and meanings."""
     p = _Parser(
         prog="run.py",
-        description="Train and test the experiment that a YAML file describes.",
+        description="Train and test the experiment that a YAML file describes. Also: run.py table TABLE [--run].",
         allow_abbrev=False,
     )
     add = p.add_argument
@@ -56,18 +57,52 @@ def _count(text: str) -> int:
     return value
 
 
+def _table_parser() -> argparse.ArgumentParser:
+    p = _Parser(prog="run.py table", description="Print a table of runs; --run runs what is missing.")
+    add = p.add_argument
+    add("table", metavar="TABLE", help="table file (YAML), e.g. configs/tables/digits.yaml")
+    add("--run", action="store_true", help="first run the rows and seeds that have no result yet")
+    add("--device", help="passed to the runs")
+    add("--md", action="store_true", help="print Markdown")
+    return p
+
+
+def _train(argv: Sequence[str]) -> int:
+    options = vars(parser().parse_args(argv))
+    options.pop("world_size")
+    from .engine.run import Options, run  # after parsing: --help should not wait for torch
+
+    return run(Options(**options))
+
+
+def _table(argv: Sequence[str]) -> int:
+    options = _table_parser().parse_args(argv)
+    from .results.table import load_table, print_table, run_missing
+
+    table = load_table(options.table)
+    if options.run:
+        run_missing(table, options.device)
+    print_table(table, options.md)
+    return EXIT_DONE
+
+
+_COMMANDS = {"table": _table}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; errors that the user can mend become one line on stderr.
 
     Returns:
         The exit code: 0 done, 2 bad input, 3 the loss was not finite.
     """
-    options = vars(parser().parse_args(argv))
-    options.pop("world_size")
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        from .engine.run import Options, run  # after parsing: --help should not wait for torch
-
-        return run(Options(**options))
+        if not arguments or arguments[0].startswith("-"):
+            return _train(arguments)
+        command, *rest = arguments
+        if command not in _COMMANDS:
+            raise UserError(f"no command '{command}'{nearest(command, _COMMANDS)}; to train: run.py --config C")
+        return _COMMANDS[command](rest)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             for line in str(error).splitlines():

@@ -5,6 +5,7 @@ torchdistill hooks modules of the wrapper; the student lives under ``model``, th
 """
 
 import random
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -57,12 +58,11 @@ class _Captured:
     """What the wrapper's taps saw during one of its own forward passes.
 
     The taps stay on the student for good and are copied with it (EMA), so they must do nothing, and hold no
-    memory, when the student runs outside of the wrapper.
+    memory, when the student runs outside of the wrapper. Kept by thread: DataParallel runs a replica in each.
     """
 
     def __init__(self) -> None:
-        self.active = False
-        self.values: dict[tuple[str, str], Any] = {}
+        self.by_thread: dict[int, dict[tuple[str, str], Any]] = {}
 
 
 class _Tap:
@@ -74,8 +74,13 @@ class _Tap:
         self.io = io
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.captured.active:
-            self.captured.values[self.path, self.io] = output if self.io == "output" else args[0]
+        values = self.captured.by_thread.get(_thread())
+        if values is not None:
+            values[self.path, self.io] = output if self.io == "output" else args[0]
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class ProjectedStudent(AuxiliaryModelWrapper):
@@ -166,13 +171,12 @@ class ProjectedStudent(AuxiliaryModelWrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The student's own output; each projected feature is the output of ``features.<name>``."""
-        captured = self._captured
-        captured.active = True
+        by_thread, thread = self._captured.by_thread, _thread()
+        values = by_thread[thread] = {}
         try:
             output = self.model(*args, **kwargs)
-            values, captured.values = captured.values, {}
         finally:
-            captured.active = False
+            del by_thread[thread]
         if not torch.is_inference_mode_enabled():  # evaluation has no use for the projections
             for feature in self._projected():
                 feature(values[feature.module_path, feature.io])

@@ -12,7 +12,7 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from ..config import Experiment
-from ..errors import UserError
+from ..errors import ConfigError, UserError
 
 # What libraries raise on arguments that do not fit. Anything else is our own mistake and shows its traceback.
 _BLAMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError, ImportError)
@@ -23,6 +23,8 @@ def blame(experiment: Experiment, *path: str | int) -> Iterator[None]:
     """Turns what a library raises into an error at the line of ``path``; the log file keeps the traceback."""
     try:
         yield
+    except ConfigError as error:
+        raise error if error.where else experiment.error(error.message, *path) from error
     except UserError:
         raise
     except _BLAMED as error:

@@ -38,8 +38,12 @@ class Processes:
 
     @property
     def device_ids(self) -> list[int] | None:
-        """What DistributedDataParallel takes: the one GPU of this process, or None on the CPU."""
-        return [self.device.index or 0] if self.device.type == "cuda" and self.distributed else None
+        """The one GPU of this process, or None on the CPU.
+
+        Given to torchdistill in a single process too, whose ``wrapper`` would otherwise spread the model over all
+        GPUs that are visible.
+        """
+        return [self.device.index or 0] if self.device.type == "cuda" else None
 
     def barrier(self) -> None:
         """Waits for the other processes."""

@@ -60,6 +60,8 @@ def one_line(error: Exception) -> str:
         return text + nearest(error.name, [name for name in dir(error.obj) if not name.startswith("_")])
     if isinstance(error, ModuleNotFoundError) and error.name:
         return text + nearest(error.name.rpartition(".")[2], _sibling_modules(error.name))
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: '{error.filename}'"  # without the [Errno 2]
     if isinstance(error, OSError | ImportError | AttributeError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -69,7 +71,7 @@ def _explain(error: Exception, node: yaml.Node) -> str:
     """``one_line``, with the nearest argument where the call in ``node`` got one that does not exist."""
     text = one_line(error)
     match = re.search(r"unexpected keyword argument '(\w+)'", text)
-    target = _target(node)
+    target = target_name(node)
     if match is None or target is None:
         return text
     try:
@@ -80,15 +82,15 @@ def _explain(error: Exception, node: yaml.Node) -> str:
 
 
 def _title(node: yaml.Node) -> str:
-    """``!import_call torchvision.transforms.Resize: ``; a standard tag has none."""
+    """``!import_call torchvision.transforms.Resize: ``; for a scalar of a standard type, its text."""
     if not node.tag.startswith("!"):
-        return ""
-    target = _target(node)
+        return f"cannot read '{node.value}': " if isinstance(node, yaml.ScalarNode) else ""
+    target = target_name(node)
     return f"{node.tag} {target}: " if target else f"{node.tag}: "
 
 
-def _target(node: yaml.Node) -> str | None:
-    """The dotted name that an import tag names."""
+def target_name(node: yaml.Node) -> str | None:
+    """The dotted name in an import tag; None where there is none."""
     if not isinstance(node, yaml.MappingNode):
         return None
     values = {name: plain_value(value) for name, (_, value) in entries(node).items()}

@@ -28,15 +28,15 @@ class ConfigErrors(ConfigError):
 
 
 class Problems:
-    """Collects problems; a line that two places share by an anchor is blamed once."""
+    """Collects problems; a value that several places share by an anchor is blamed once."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str | None, str], ConfigError] = {}
+        self._found: dict[tuple[object, ...], ConfigError] = {}
 
     def add(self, message: str, where: str | None, path: KeyPath = ()) -> None:
         """Notes ``message`` about the value at ``path``, said at ``where``."""
         prefix = f"{dotted(path)}: " if path else ""
-        self._found.setdefault((where, message), ConfigError(prefix + message, where))
+        self._found.setdefault((where, message, path[-1:]), ConfigError(prefix + message, where))
 
     def raise_if_any(self) -> None:
         """Raises ConfigErrors, in the order in which the problems were found."""

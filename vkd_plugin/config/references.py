@@ -15,6 +15,7 @@ from torchdistill import core as _core  # noqa: F401  registers forward, pre and
 from torchdistill import datasets as _datasets  # noqa: F401  registers wrappers
 from torchdistill import losses as _losses  # noqa: F401  registers losses
 from torchdistill import models as _models  # noqa: F401  registers models and their wrappers
+from torchdistill.common.main_util import import_get
 from torchdistill.core.interfaces import registry as processes
 from torchdistill.datasets import registry as datasets
 from torchdistill.losses import registry as losses
@@ -22,7 +23,7 @@ from torchdistill.models import registry as models
 from torchdistill.optim import registry as optim
 from torchdistill.optim import scheduler as _scheduler  # noqa: F401  registers schedulers
 
-from vkd_plugin.config.construct import one_line
+from vkd_plugin.config.construct import one_line, target_name
 from vkd_plugin.config.nodes import OPAQUE, Entries, entries, is_null, is_private, plain_value
 from vkd_plugin.config.problems import KeyPath, Problems
 from vkd_plugin.config.signatures import keywords
@@ -136,25 +137,38 @@ def _check_component(found: Found, component: str, problems: Problems) -> None:
     """``key`` is registered, and ``kwargs`` are what it takes."""
     assert isinstance(found.node, yaml.MappingNode)
     present = entries(found.node)
-    kind = COMPONENTS.get(component)
     if component == "data loader":
-        supplied = frozenset({"dataset", "sampler", "batch_sampler", "collate_fn"})
-        _check_arguments(found, DataLoader, "DataLoader", Kind((), supplied=supplied), problems)
-        return
-    key = plain_value(present["key"][1]) if "key" in present else OPAQUE
-    if not isinstance(key, str):
-        return
-    if kind is None:
-        kind = _model_kind(present)
-        if kind is None:
+        _check_loader(found, present, problems)
+    elif component == "sampler":
+        _check_sampler(found, present, problems)
+    else:
+        kind = _model_kind(present) if component == "model" else COMPONENTS[component]
+        key = plain_value(present["key"][1]) if "key" in present else None
+        if kind is None or not isinstance(key, str):
             return
-    for registry in kind.registries:
-        if key in registry:
-            _check_arguments(found, registry[key], key, kind, problems)
-            return
-    # Lower-case first: among models the functions are meant, not the classes beside them.
-    message = f"no {component} '{key}'{nearest(key, chain(*kind.registries))}"
-    problems.add(message, entry_place(*present["key"]), (*found.path, "key"))
+        for registry in kind.registries:
+            if key in registry:
+                _check_arguments(found, registry[key], key, kind, problems)
+                return
+        message = f"no {component} '{key}'{nearest(key, chain(*kind.registries))}"
+        problems.add(message, entry_place(*present["key"]), (*found.path, "key"))
+
+
+def _check_loader(found: Found, present: Entries, problems: Problems) -> None:
+    supplied = {"dataset", "sampler", "batch_sampler", "collate_fn"}
+    if "batch_sampler" in present and not is_null(present["batch_sampler"][1]):
+        supplied |= {"batch_size", "drop_last"}
+    _check_arguments(found, DataLoader, "DataLoader", Kind((), supplied=frozenset(supplied)), problems)
+
+
+def _check_sampler(found: Found, present: Entries, problems: Problems) -> None:
+    name = target_name(present["class_or_func"][1])
+    try:
+        target = import_get(name)
+    except Exception:  # construction will say so, with the line of the tag
+        return
+    if callable(target):
+        _check_arguments(found, target, str(name), Kind((), positional=1), problems)
 
 
 def _model_kind(present: Entries) -> Kind | None:
@@ -197,7 +211,9 @@ def _check_arguments(
         if is_private(name) or isinstance(name, yaml.Node):
             continue
         if name in kind.supplied:
-            problems.add(f"torchdistill itself gives '{name}' to {key}", entry_place(key_node, value), path)
+            problems.add(
+                f"'{name}' may not stand here: {key} is given it already", entry_place(key_node, value), path
+            )
         elif name not in takes.names and not takes.open:
             message = f"{key} takes no argument '{name}'{nearest(name, takes.names)}"
             problems.add(message, entry_place(key_node, value), path)

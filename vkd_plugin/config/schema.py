@@ -84,7 +84,11 @@ MODEL = Section(
 LOADER = Section(
     {
         "dataset_id": Text(role="dataset"),
-        "sampler": Section({"class_or_func": Function(), "kwargs": Named(nullable=True)}, ("class_or_func",)),
+        "sampler": Section(
+            {"class_or_func": Function(), "kwargs": Named(nullable=True)},
+            ("class_or_func",),
+            component="sampler",
+        ),
         "batch_sampler": replace(component("batch sampler"), nullable=True),
         "collate_fn": Text(role="collate function", nullable=True),
         "dataset_wrapper": replace(component("dataset wrapper", ("key",), {"args": ARGS}), nullable=True),
@@ -94,7 +98,6 @@ LOADER = Section(
             {
                 "batch_size": Number(low=1, whole=True, nullable=True),
                 "num_workers": AMOUNT,
-                "shuffle": Flag(nullable=True),
                 "pin_memory": Flag(),
                 "drop_last": Flag(),
                 "persistent_workers": Flag(),
@@ -102,6 +105,7 @@ LOADER = Section(
                 "timeout": Number(low=0),
             },
             open=True,
+            elsewhere={"shuffle": "the sampler sets the order (torch.utils.data.RandomSampler shuffles)"},
         ),
     },
     ("dataset_id", "sampler", "kwargs"),

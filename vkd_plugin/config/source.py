@@ -75,7 +75,7 @@ def syntax_problem(error: yaml.MarkedYAMLError, name: str, anchors: dict[str, ob
         message += f" {error.context}"
     if message.startswith("found undefined alias"):
         message += nearest(message.split("'")[1], anchors)
-    elif mark is not None:
+    elif mark is not None and not name.startswith(FLAG):
         message += f" (column {mark.column + 1})"
     return ConfigError(" ".join(message.split()), place(mark) if mark else name)
 

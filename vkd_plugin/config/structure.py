@@ -135,11 +135,11 @@ class _Checker:
             child: KeyPath = (*path, name)
             if isinstance(name, str) and name in spec.keys:
                 self.visit(value, spec.keys[name], child, entry_place(key, value))
-            elif spec.open:
-                self.visit(value, Anything(), child, entry_place(key, value))
             elif isinstance(name, str) and name in spec.elsewhere:
                 message = f"'{name}' is not read here: {spec.elsewhere[name]}"
                 self.problems.add(message, entry_place(key, value), path)
+            elif spec.open:
+                self.visit(value, Anything(), child, entry_place(key, value))
             else:
                 unknown.append(name)
                 shown = describe(key) if isinstance(name, yaml.Node) else f"'{name}'"
@@ -182,8 +182,8 @@ def _fits(spec: Spec, value: Any) -> bool:
     if isinstance(spec, Number):
         if isinstance(value, bool) or not isinstance(value, int if spec.whole else int | float):
             return False
-        # Written so that .nan is within no bounds.
-        return (spec.low is None or value >= spec.low) and (spec.high is None or value <= spec.high)
+        # .nan is no number to train with, and compares as within any bounds or none.
+        return value == value and (spec.low is None or value >= spec.low) and (spec.high is None or value <= spec.high)
     if isinstance(spec, Flag):
         return isinstance(value, bool)
     if isinstance(spec, Text):

@@ -14,13 +14,15 @@ from vkd_plugin.normalization import DEFAULT_EPS, Normalization, inverse_sqrt, n
 
 METHODS = list(DEFAULT_EPS)
 OVER_ROWS = ["standardize", "whiten"]
-TALL, WIDE = (40, 6), (6, 15)
+TALL, WIDE = (14, 5), (5, 9)
 
 
 def features(n: int, c: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Correlated channels of different scale, far from zero mean."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, c, generator=g, dtype=torch.float64) @ torch.randn(c, c, generator=g, dtype=torch.float64)
+    x = torch.randn(n, c, generator=g, dtype=torch.float64) @ torch.randn(
+        c, c, generator=g, dtype=torch.float64
+    )
     return (x * torch.logspace(-1, 1, c, dtype=torch.float64) + torch.arange(c)).to(dtype)
 
 
@@ -77,11 +79,9 @@ def test_equals_float64_reference(method: str, shape: tuple[int, int]) -> None:
     torch.testing.assert_close(normalize(x.float(), method).double(), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [TALL, WIDE, (2, 3)])
+@pytest.mark.parametrize("shape", [(9, 4), (4, 6), (3, 2)])
 @pytest.mark.parametrize("method", METHODS)
 def test_gradcheck(method: str, shape: tuple[int, int]) -> None:
-    if method == "whiten" and shape == (2, 3):
-        pytest.skip("two whitened rows are constant up to sign: see test_two_rows_whiten_to_signs")
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     assert torch.autograd.gradcheck(lambda x: normalize(x, method), (x.requires_grad_(),))
 
@@ -107,7 +107,7 @@ def test_l2_rows_have_norm_one(n: int, c: int, seed: int) -> None:
     decades=st.integers(0, 8),
     condition=st.sampled_from([1.0, 1e2, 1e4]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_whitened_covariance_is_the_identity(
     c: int, more: int, seed: int, decades: int, condition: float
 ) -> None:
@@ -122,7 +122,7 @@ def test_whitened_covariance_is_the_identity(
 
 
 @pytest.mark.parametrize("condition", [1e3, 1e5, 1e6])
-@pytest.mark.parametrize(("n", "c"), [(80, 64), (1000, 192)])
+@pytest.mark.parametrize(("n", "c"), [(80, 64), (300, 96)])
 def test_whitening_of_ill_conditioned_float32_features(n: int, c: int, condition: float) -> None:
     assert covariance_error(normalize(of_condition(n, c, condition).float(), "whiten")) < 1e-4
 
@@ -211,18 +211,21 @@ def test_dependent_channels_are_left_out() -> None:
     mix = torch.cat([torch.eye(5), torch.tensor([[1.0, 0, 0, 0, 0], [0, 0.5, 0.5, 0, 0]])]).double().T
     expected = torch.from_numpy(polar(standardized((b @ mix).numpy())))
     torch.testing.assert_close(normalize(b @ mix, "whiten"), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(normalize((b @ mix).float(), "whiten").double(), expected, rtol=1e-4, atol=1e-4)
-    assert gradient(lambda x: normalize(x, "whiten"), (b @ mix).float()).isfinite().all()
+
+    single = (b @ mix).float()
+    variances = torch.linalg.eigvalsh(torch.cov(normalize(single, "whiten").double().T))
+    torch.testing.assert_close(variances[2:], torch.ones(5, dtype=torch.float64))
+    assert variances[0] < 1e-9, "the copy is left out"
+    assert variances[1] < 0.5, "the rounding of the sum is damped"
+    assert gradient(lambda x: normalize(x, "whiten"), single).isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(8, 4), (4, 8)])
-def test_repeated_eigenvalues_have_gradients(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("rows", "copies"), [(8, 1), (4, 2)])
+def test_repeated_eigenvalues_have_gradients(rows: int, copies: int) -> None:
     """Uncorrelated channels: all eigenvalues are equal, and a backward through eigenvectors divides by 0."""
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(3):
-        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-    x = hadamard[:, 1 : 1 + shape[1]] if shape[0] == 8 else hadamard[:4]
-    assert torch.autograd.gradcheck(lambda x: normalize(x, "whiten"), (x.clone().requires_grad_(),))
+    signs = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=torch.float64)
+    x = signs.repeat(rows // 4, copies).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: normalize(x, "whiten"), (x,))
 
 
 @pytest.mark.parametrize(("dtype", "condition"), [(torch.float64, 1e5), (torch.float32, 1e2)])
@@ -295,7 +298,10 @@ def test_module_is_the_function() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: normalize(torch.ones(2, 2), "whitening"), "no normalization 'whitening' .did you mean 'whiten'"),
+        (
+            lambda: normalize(torch.ones(2, 2), "whitening"),
+            "no normalization 'whitening' .did you mean 'whiten'",
+        ),
         (lambda: Normalization("layernorm"), "did you mean 'layer_norm'"),
         (lambda: normalize(torch.ones(2, 3, 4), "l2"), r"\(N, C\), got torch.float32 of shape \(2, 3, 4\)"),
         (lambda: normalize(torch.ones(2, 3, dtype=torch.int64), "l2"), "got torch.int64"),

@@ -28,7 +28,9 @@ kwargs:
       criterion: {key: 'VkDLoss', kwargs: {normalization: 'layer_norm', distance: 'smooth_l1'}}
       criterion_wrapper:
         key: 'FeaturePair'
-        kwargs: {student: {module: 'features.tokens'}, teacher: {module: 'final_conv', readout: 'spatial_mean'}}
+        kwargs:
+          student: {module: 'features.tokens'}
+          teacher: {module: 'final_conv', readout: 'spatial_mean'}
       weight: 1.0
     kl_loss:
       criterion: {key: 'SoftTargetKLLoss', kwargs: {temperature: 1.0}}
@@ -115,5 +117,6 @@ def test_reference_step(name: str) -> None:
     assert_summary("normalised_teacher", normalised, case["intermediate"]["normalised_teacher"])
     for key in learned:
         recorded = {"projector": "projector_weight"}.get(key, key)
-        assert tensors[key].grad is not None
-        assert_summary(f"grad.{recorded}", tensors[key].grad, case["gradients"][recorded])
+        grad = tensors[key].grad
+        assert grad is not None
+        assert_summary(f"grad.{recorded}", grad, case["gradients"][recorded])

@@ -141,8 +141,8 @@ def whiten(x: Tensor, eps: float = DEFAULT_EPS["whiten"], *, synchronize: bool =
 
     R = (1 - eps) Z'Z / (N - 1) + eps I is the correlation matrix of the channels, shrunk by ``eps``; with the
     default 0 the covariance of Y is the identity, for channels of any scale and standardised features of
-    condition number up to 1e6. What float32 features hardly resolve (a constant channel, a sum of others) is
-    left out, as by a pseudo-inverse.
+    condition number up to 1e6. What float32 does not resolve (a constant channel, a copy, the rounding of a
+    sum of others) is left out or damped, and not made as large as the rest.
 
     With N <= C the rank is N - 1 and no identity can be reached: Y / sqrt(N - 1) then has N - 1 singular
     values 1 (it is the partial isometry nearest to Z), and all rows are *equally far from each other*, so
@@ -232,7 +232,7 @@ def inverse_sqrt(a: Tensor) -> Tensor:
     The dynamically weighted Halley iteration for the polar factor (Nakatsukasa, Bai, Gygi, SIAM J. Matrix
     Anal. Appl. 31, 2010), which takes all singular values that count to 1 in five steps, written for the Gram
     matrix ``a`` of what it acts on, and differentiated as it stands. Eigenvalues below 1e-12 of the largest
-    (1e-6 in float32) are not inverted, but stay bounded.
+    (1e-6 in float32) are not inverted in full: what they weigh stays bounded.
     """
     eye = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
     # Any bound on the largest eigenvalue does. The root does not depend on it, so it needs no gradient.

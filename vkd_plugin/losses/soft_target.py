@@ -49,7 +49,7 @@ class SoftTargetCrossEntropy(nn.Module):
         expected = logits.shape[:1] if indices else logits.shape
         if logits.dim() != 2 or target.shape != expected or target.is_complex():
             raise ValueError(
-                f"SoftTargetCrossEntropy reads logits (N, K) with class indices (N,) or probabilities (N, K), "
+                f"SoftTargetCrossEntropy reads logits (N, K) and class indices (N,) or probabilities (N, K), "
                 f"got logits {tuple(logits.shape)} and targets {tuple(target.shape)} of {target.dtype}"
             )
         if self.label_smoothing and not indices:

@@ -3,7 +3,7 @@
     python benchmarks/normalization.py [--rows 512] [--channels 192] [--rounds 20] [--json FILE]
 
 The candidates take turns within each round, so that a machine that slows down slows all of them; what is
-printed is the median over the rounds of the ratio to torch's ``layer_norm`` and ``batch_norm`` (without affine)
+printed is the median over the rounds of the ratio to torch's ``layer_norm`` and ``batch_norm`` (no affine)
 in that round.
 """
 

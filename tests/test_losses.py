@@ -278,6 +278,7 @@ def test_missing_teacher_is_named() -> None:
         (lambda: VkDLoss(distance="smoothl1"), "no distance 'smoothl1' .did you mean 'smooth_l1'"),
         (lambda: VkDLoss(eps="1e-5"), "eps must be a number, got '1e-5'.*write 1.0e-5"),  # type: ignore[arg-type]
         (lambda: VkDLoss(beta=-1.0), "beta must lie in"),
+        (lambda: VkDLoss(distance="log_sum", alpha=0.5), r"alpha must lie in \[1, inf\)"),
         (
             lambda: VkDLoss(distance="mse", beta=2.0),
             "beta shapes the distance 'smooth_l1', and 'mse' does not",

@@ -44,7 +44,7 @@ class VkDLoss(nn.Module):
         eps: of the normalisation; None for the method's default.
         synchronize: statistics of ``standardize`` and ``whiten`` over the rows of all ranks.
         beta: where ``smooth_l1`` turns from quadratic to linear.
-        alpha: exponent of ``log_sum``.
+        alpha: exponent of ``log_sum``, at least 1.
 
     Raises:
         ValueError: an unknown name (the nearest is named) or a number out of range.
@@ -65,11 +65,12 @@ class VkDLoss(nn.Module):
         self.distance = one_of("distance", distance, DISTANCES)
         self.normalize_student = normalize_student
         self.distance_kwargs: dict[str, float] = {}
-        for name, value, owner, default in (
-            ("beta", beta, "smooth_l1", 1.0),
-            ("alpha", alpha, "log_sum", 4.0),
+        # Each of these shapes one distance only, and is not to be set in vain.
+        for name, value, owner, default, least in (
+            ("beta", beta, "smooth_l1", 1.0, 0.0),
+            ("alpha", alpha, "log_sum", 4.0, 1.0),
         ):
-            value = number(name, value)
+            value = number(name, value, at_least=least)
             if distance == owner:
                 self.distance_kwargs[name] = value
             elif value != default:

@@ -18,6 +18,7 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
+import torchvision.datasets  # noqa: F401 (see vkd_plugin.datasets)
 from torch.utils.data import (
     BatchSampler,
     DataLoader,

@@ -1,4 +1,4 @@
-"""load_experiment on sound files: the data torchdistill would have, lines, the way back to text, the digest."""
+"""load_experiment on sound files: data as torchdistill has it, lines, the way back to text, the digest."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -66,7 +66,9 @@ def test_a_value_may_have_a_tag() -> None:
 
 
 def test_an_alias_changes_alone() -> None:
-    data = load("distill", "train.val_data_loader.kwargs.batch_size=9", "models.student_model.key=resnet34").data
+    data = load(
+        "distill", "train.val_data_loader.kwargs.batch_size=9", "models.student_model.key=resnet34"
+    ).data
     assert data["train"]["val_data_loader"]["kwargs"]["batch_size"] == 9
     assert data["train"]["train_data_loader"]["kwargs"]["batch_size"] == 4
     assert data["models"]["student_model"]["key"] == "resnet34"
@@ -109,7 +111,10 @@ def test_where_is_the_override() -> None:
             "no item '2' in train.student.forward_hook.output: its items are 0 to 1",
         ),
         ("train.student.frozen_modules.0=x", "no item '0' in train.student.frozen_modules: it is empty"),
-        ("datasets.fake/vall.init.kwargs.size=1", "no key 'fake/vall' in datasets (did you mean 'fake/val'?)"),
+        (
+            "datasets.fake/vall.init.kwargs.size=1",
+            "no key 'fake/vall' in datasets (did you mean 'fake/val'?)",
+        ),
         ("datasets.fake/val.int.kwargs.size=1", "no key 'int' in datasets.fake/val (did you mean 'init'?)"),
         (
             "train.criterion.kwargs.sub_terms.kd.weigth=1",

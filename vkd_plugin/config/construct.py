@@ -82,9 +82,9 @@ def _explain(error: Exception, node: yaml.Node) -> str:
 
 
 def _title(node: yaml.Node) -> str:
-    """``!import_call torchvision.transforms.Resize: ``; for a scalar of a standard type, its text."""
+    """``!import_call torchvision.transforms.Resize: ``; a standard tag has none."""
     if not node.tag.startswith("!"):
-        return f"cannot read '{node.value}': " if isinstance(node, yaml.ScalarNode) else ""
+        return ""
     target = target_name(node)
     return f"{node.tag} {target}: " if target else f"{node.tag}: "
 

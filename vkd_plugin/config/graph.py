@@ -17,31 +17,39 @@ from vkd_plugin.config.nodes import (
     with_value,
 )
 from vkd_plugin.config.problems import ConfigErrors, Problems
-from vkd_plugin.config.source import place
+from vkd_plugin.config.source import STR_TAG, place
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
 
 MAX_NODES = 200_000
-"""More than any experiment needs; a file whose anchors multiply to more is refused, not expanded."""
+MAX_DEPTH = 100
+"""More than any experiment needs. A file whose anchors multiply to more is refused, not expanded."""
 
 
 def check_graph(root: yaml.Node, problems: Problems) -> None:
     """Finds what would break a walk through the graph, or be dropped without a word.
 
-    That is: keys written twice, tags that nobody knows, anchors that contain themselves.
+    That is: keys written twice, tags that nobody knows, dates and numbers that are none, anchors that contain
+    themselves, nesting without end.
     """
     done: set[int] = set()
     unfinished: set[int] = set()
     tags = known_tags()
 
     def visit(node: yaml.Node) -> None:
+        where = place(node.start_mark)
         if id(node) in unfinished:
-            problems.add("this anchor contains itself", place(node.start_mark))
-        if id(node) in unfinished or id(node) in done:
+            problems.add("this anchor contains itself", where)
+        if len(unfinished) == MAX_DEPTH:
+            problems.add("nested too deeply", where)
+        if id(node) in unfinished or id(node) in done or len(unfinished) == MAX_DEPTH:
             return
         unfinished.add(id(node))
-        if node.tag.startswith("!") and node.tag not in tags:
-            problems.add(f"unknown tag '{node.tag}'{nearest(node.tag, tags)}", place(node.start_mark))
+        if node.tag.startswith("!"):
+            if node.tag not in tags:
+                problems.add(f"unknown tag '{node.tag}'{nearest(node.tag, tags)}", where)
+        elif isinstance(node, yaml.ScalarNode) and (message := _unreadable(node)):
+            problems.add(message, where)
         for child in children(node):
             visit(child)
         if isinstance(node, yaml.MappingNode):
@@ -50,6 +58,19 @@ def check_graph(root: yaml.Node, problems: Problems) -> None:
         done.add(id(node))
 
     visit(root)
+
+
+def _unreadable(node: yaml.ScalarNode) -> str | None:
+    """Why a scalar has no value: a date such as 2020-99-99, or ``!!int x``."""
+    if node.tag == STR_TAG or node.tag == "tag:yaml.org,2002:merge":
+        return None
+    try:
+        TorchdistillLoader("").construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        return f"cannot read '{node.value}': {error.problem}"
+    except ValueError as error:
+        return f"cannot read '{node.value}': {error}"
+    return None
 
 
 def _check_duplicates(node: yaml.MappingNode, problems: Problems) -> None:
@@ -119,7 +140,7 @@ def unshare(root: yaml.Node) -> yaml.Node:
     built: dict[int, yaml.Node] = {}
     count = 0
 
-    def copy(node: yaml.Node, in_kwargs: bool = False) -> yaml.Node:
+    def copy(node: yaml.Node, depth: int, in_kwargs: bool = False) -> yaml.Node:
         nonlocal count
         if id(node) in built:
             return built[id(node)]
@@ -127,19 +148,23 @@ def unshare(root: yaml.Node) -> yaml.Node:
         if count > MAX_NODES:
             message = f"its anchors expand to more than {MAX_NODES} values"
             raise ConfigErrors([ConfigError(message, root.start_mark.name)])
+        if depth > MAX_DEPTH:
+            raise ConfigErrors([ConfigError("nested too deeply", place(node.start_mark))])
         value: Any = node.value
         if isinstance(node, yaml.MappingNode):
             pairs = [(plain_key(key), key, child) for key, child in node.value]
             kept = [pair for pair in pairs if not (in_kwargs and is_private(pair[0]))]
-            value = [(copy(key), copy(child, name == "kwargs")) for name, key, child in kept]
+            value = [
+                (copy(key, depth + 1), copy(child, depth + 1, name == "kwargs")) for name, key, child in kept
+            ]
         elif isinstance(node, yaml.SequenceNode):
-            value = [copy(child) for child in node.value]
+            value = [copy(child, depth + 1) for child in node.value]
         duplicate = with_value(node, value)
         if is_active(node):
             built[id(node)] = duplicate
         return duplicate
 
-    return copy(root)
+    return copy(root, 0)
 
 
 def to_text(root: yaml.Node) -> str:

@@ -1,5 +1,6 @@
 """Checks a graph against the tables of schema: names of keys, what is missing, types. Nothing is executed."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -102,12 +103,14 @@ class _Checker:
             if not spec.nullable:
                 self.problems.add(f"expected {spec.expected}, got nothing", where, path)
             return
-        if getattr(spec, "component", None) or getattr(spec, "role", None):
-            self.found.append(Found(path, node, spec, where))
         spec = option_for(spec, node)
+        if isinstance(spec, Text) and spec.role:
+            self.found.append(Found(path, node, spec, where))
+        if isinstance(spec, Section) and spec.component and isinstance(node, yaml.MappingNode):
+            self.found.append(Found(path, node, spec, where))
         if node.tag not in TEXT_TAGS:
             self._visit_content(node, spec, path, where)
-        elif not _fits(spec, plain_value(node)):
+        elif not _fits(spec, plain_value(node)) or isinstance(spec, Section | Named | Items):
             self._mismatch(node, spec, path, where)
 
     def _visit_content(self, node: yaml.Node, spec: Spec, path: KeyPath, where: str) -> None:
@@ -182,8 +185,9 @@ def _fits(spec: Spec, value: Any) -> bool:
     if isinstance(spec, Number):
         if isinstance(value, bool) or not isinstance(value, int if spec.whole else int | float):
             return False
-        # .nan is no number to train with, and compares as within any bounds or none.
-        return value == value and (spec.low is None or value >= spec.low) and (spec.high is None or value <= spec.high)
+        low = -math.inf if spec.low is None else spec.low
+        high = math.inf if spec.high is None else spec.high
+        return low <= value <= high  # .nan is within no bounds
     if isinstance(spec, Flag):
         return isinstance(value, bool)
     if isinstance(spec, Text):

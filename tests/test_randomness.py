@@ -319,19 +319,18 @@ def test_factory_is_torchdistills_function():
     configs = [
         {"dataset_id": "digits/train", "requires_supp": True, "cache_output": None, **shared},
         {"dataset_id": "digits/test", **shared},
-        {},
     ]
     before = copy.deepcopy(configs)
     load = loader_factory(0, rank=1, world_size=2)
-    train, val, none = load({"digits/train": Draws(), "digits/test": Draws()}, configs, True, None)
+    train, val = load({"digits/train": Draws(), "digits/test": Draws()}, configs, True, None)
     assert configs == before
-    assert none is None
     assert [len(batch) for batch in train] == [3] * 3
     assert next(iter(train))[2] == {}
     assert sum(len(labels) for _, labels in val) == N // 2  # rank 1 of 2, without padding
     assert sum(len(labels) for _, labels, _ in train) == N // 2 + 1
     (test,) = load({"digits/test": Draws()}, configs[1:2], True)
     assert sum(len(labels) for _, labels in test) == N // 2
+    assert load({}, [{}, {}], False) == [None, None]
 
 
 def test_dataset_wrapper():

@@ -29,7 +29,9 @@ def test_map_readouts() -> None:
     assert READOUTS["identity"](MAP) is MAP
 
 
-@pytest.mark.parametrize(("name", "x"), [("mean_patch_tokens", MAP), ("spatial_mean", TOKENS), ("class_token", MAP)])
+@pytest.mark.parametrize(
+    ("name", "x"), [("mean_patch_tokens", MAP), ("spatial_mean", TOKENS), ("class_token", MAP)]
+)
 def test_a_shape_that_does_not_fit_is_named(name: str, x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=rf"readout '{name}' reads .*, got a tensor of shape"):
         READOUTS[name](x)

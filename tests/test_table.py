@@ -67,7 +67,12 @@ def test_run_stops_at_a_row_that_fails(table_file: Path, capfd: pytest.CaptureFi
     [
         ("metric:", "metrik:", 2, "unknown key 'metrik' in a table (did you mean 'metric'?)"),
         ("title: 'A table'\n", "", 1, "a table needs 'title'"),
-        ("config: '{config}'\n    set", "config: 'missing.yaml'\n    set", 8, "no experiment file 'missing.yaml'"),
+        (
+            "config: '{config}'\n    set",
+            "config: 'missing.yaml'\n    set",
+            8,
+            "no experiment file 'missing.yaml'",
+        ),
         ("[0, 1]", "['a']", 3, "'seeds' should be a list of integers"),
         ("With teacher", "plain no teacher", 7, "two rows are named 'plain no teacher'"),
         ("['train.num_epochs=1']", "'train.num_epochs=1'", 9, "'set' should be a list of 'a.b.c=value'"),

@@ -48,7 +48,11 @@ class ConvTeacher(nn.Module):
 
 
 FEATURES: dict[str, Any] = {
-    "tokens": {"module": "norm", "readout": "mean_patch_tokens", "projector": {"in_features": 6, "out_features": 10}},
+    "tokens": {
+        "module": "norm",
+        "readout": "mean_patch_tokens",
+        "projector": {"in_features": 6, "out_features": 10},
+    },
     "cls": {
         "module": "block",
         "io": "input",
@@ -215,7 +219,9 @@ def _train_config() -> dict[str, Any]:
 def _box(train_config: dict[str, Any]) -> DistillationBox:
     data = torch.utils.data.TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,)))
     device = torch.device("cpu")
-    return DistillationBox(ConvTeacher(), TokenStudent(), {"data": data}, train_config, device, None, False, 1)
+    return DistillationBox(
+        ConvTeacher(), TokenStudent(), {"data": data}, train_config, device, None, False, 1
+    )
 
 
 def test_in_torchdistills_own_box_sizes_are_inferred_and_everything_trains() -> None:
@@ -240,7 +246,9 @@ def test_inferring_sizes_changes_neither_models_nor_random_state() -> None:
     state = torch.get_rng_state()
     features = {"tokens": {"module": "norm", "readout": "class_token", "projector": {"out_features": 6}}}
     vkd_plugin.wrappers._infer_sizes(
-        student, {"tokens": vkd_plugin.wrappers._feature_spec("tokens", features["tokens"], student)}, [1, 8, 8]
+        student,
+        {"tokens": vkd_plugin.wrappers._feature_spec("tokens", features["tokens"], student)},
+        [1, 8, 8],
     )
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, student.state_dict()[k]) for k, v in before.items())

@@ -1,3 +1,28 @@
-"""VkD for torchdistill: orthogonal projections and task-specific normalisation as YAML-ready modules."""
+"""VkD for torchdistill: orthogonal projections and task-specific normalisation as YAML-ready modules.
+
+Importing the package registers everything with torchdistill; ``dependencies: ['vkd_plugin']`` in a YAML is enough.
+"""
+
+from .losses import FeaturePair, SoftTargetCrossEntropy, SoftTargetKLLoss, VkDLoss
+from .normalization import Normalization, normalize
+from .projectors import LinearProjector, MLPProjector, OrthogonalProjector
+from .stiefel import orthogonalize
+from .wrappers import ProjectedStudent
+
+from . import registration  # isort: skip  # noqa: F401 - after what it registers
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FeaturePair",
+    "LinearProjector",
+    "MLPProjector",
+    "Normalization",
+    "OrthogonalProjector",
+    "ProjectedStudent",
+    "SoftTargetCrossEntropy",
+    "SoftTargetKLLoss",
+    "VkDLoss",
+    "normalize",
+    "orthogonalize",
+]

@@ -26,9 +26,22 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--config", required=True, metavar="C", help="experiment file (YAML)")
-    add("--set", dest="overrides", action="append", default=[], metavar="a.b.c=value", help="override a value (YAML); repeatable")
+    add(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b.c=value",
+        help="override a value (YAML); repeatable",
+    )
     add("--output", metavar="DIR", help="output folder (default: runs/<path of the config below configs/>)")
-    add("--resume", nargs="?", const="auto", metavar="auto|PATH", help="go on from the last checkpoint, or from PATH")
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+        help="go on from the last checkpoint, or from PATH",
+    )
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--seed", type=_seed, default=0, metavar="N", help="root of all randomness (default: 0)")
     add("--run_log", metavar="F", help="write the log to this file as well")
@@ -38,7 +51,13 @@ def parser() -> argparse.ArgumentParser:
     add("-adjust_lr", action="store_true", help="multiply learning rates by the number of processes")
     add("-log_config", action="store_true", help="log the resolved configuration")
     add("-disable_cudnn_benchmark", action="store_true", help="do not let cuDNN choose algorithms by timing")
-    add("--world_size", type=int, default=1, metavar="N", help="accepted for torchdistill; the launcher's value counts")
+    add(
+        "--world_size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="accepted for torchdistill; the launcher's value counts",
+    )
     add("--dist_url", default="env://", metavar="U", help="how processes meet")
     return p
 

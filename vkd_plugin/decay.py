@@ -28,7 +28,8 @@ def without_decay(params: Iterable[Any]) -> list[Any]:
         ``params`` as a list, unchanged where no parameter is marked; otherwise groups, each split in two.
     """
     items = list(params)
-    groups = items if items and isinstance(items[0], dict) else [{"params": items}]
+    grouped = bool(items) and isinstance(items[0], dict)
+    groups = items if grouped else [{"params": items}]
     split: list[dict[str, Any]] = []
     found = False
     for group in groups:
@@ -44,7 +45,7 @@ def without_decay(params: Iterable[Any]) -> list[Any]:
         if others:
             split.append({**group, "params": others})
         split.append({**group, "params": marked, "weight_decay": 0.0})
-    return split if found else items
+    return split if found or grouped else items
 
 
 def honouring_no_decay(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:

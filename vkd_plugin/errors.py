@@ -33,3 +33,16 @@ class ConfigError(UserError):
         self.message = message
         self.where = where
         super().__init__(f"{where}: {message}" if where else message)
+
+
+class BadValue(ValueError):
+    """A value that means nothing where it stands, e.g. the path of a module that does not exist.
+
+    Args:
+        message: what is wrong, and the nearest right thing.
+        value: the value itself, by which its line in an experiment file is found.
+    """
+
+    def __init__(self, message: str, value: object) -> None:
+        self.value = value
+        super().__init__(message)

@@ -1,4 +1,4 @@
-"""What importing the plugin changes in its host, torchdistill, and why. Three things, each of them idempotent.
+"""What importing the plugin changes in its host, torchdistill, and why. Four things, each of them idempotent.
 
 1. ``DistillationBox.setup`` and ``TrainingBox.setup`` announce themselves while they run (:func:`current_setup`),
    so that :class:`vkd_plugin.wrappers.ProjectedStudent` can infer feature sizes from the teacher, the criterion
@@ -7,6 +7,8 @@
    torchdistill leaves them in training mode, where BatchNorm statistics move.
 3. The optimizers in torchdistill's registry leave parameters that are marked ``_no_weight_decay`` out of weight
    decay. Where none is marked they are built exactly as before.
+4. A hook path that leads nowhere is an error that names the nearest path. torchdistill says
+   ``'NoneType' object has no attribute 'register_forward_hook'``.
 
 Everything works the same under torchdistill's own example scripts and under ``run.py``.
 """
@@ -19,11 +21,14 @@ from typing import Any
 
 from torch import nn
 from torchdistill.common.module_util import check_if_wrapped
+from torchdistill.core import util
 from torchdistill.core.distillation import DistillationBox
 from torchdistill.core.training import TrainingBox
 from torchdistill.optim.registry import OPTIM_DICT
 
 from .decay import has_weight_decay, honouring_no_decay
+from .errors import BadValue
+from .suggest import nearest
 from .teacher import keep_in_eval
 
 _MARK = "_vkd_plugin"
@@ -67,11 +72,28 @@ def _bare(model: nn.Module) -> nn.Module:
     return model.module if check_if_wrapped(model) else model
 
 
+def _found(extract: Callable[..., nn.Module | None]) -> Callable[..., nn.Module]:
+    @functools.wraps(extract)
+    def found(org_model: nn.Module, sub_model: nn.Module, module_path: str) -> nn.Module:
+        module = extract(org_model, sub_model, module_path)
+        if module is None:
+            searched = sub_model if module_path.startswith("+") else org_model
+            names = [name for name, _ in searched.named_modules() if name]
+            message = f"forward_hook: {type(searched).__name__} has no module '{module_path}'"
+            raise BadValue(message + nearest(module_path, names), module_path)
+        return module
+
+    setattr(found, _MARK, True)
+    return found
+
+
 def install() -> None:
-    """Applies the three changes; a second call does nothing."""
+    """Applies the four changes; a second call does nothing."""
     for box in (DistillationBox, TrainingBox):
         if not hasattr(box.setup, _MARK):
             box.setup = _announced(box.setup)
+    if not hasattr(util._extract_module, _MARK):
+        util._extract_module = _found(util._extract_module)
     for key, optimizer in list(OPTIM_DICT.items()):
         if has_weight_decay(optimizer):
             OPTIM_DICT[key] = honouring_no_decay(optimizer)

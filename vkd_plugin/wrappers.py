@@ -4,21 +4,20 @@ torchdistill hooks modules of the wrapper; the student lives under ``model``, th
 ``features``: ``forward_hook: {output: ['model.head', 'features.tokens']}``.
 """
 
-import random
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchdistill.common.file_util import check_if_exists
 from torchdistill.models.util import load_module_ckpt, save_module_ckpt
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
+from .errors import BadValue
 from .host import Setup, current_setup
 from .projectors import OrthogonalProjector, build_projector
+from .random_state import generators_restored
 from .readouts import get_readout
 from .suggest import nearest
 
@@ -36,9 +35,7 @@ class ProjectedFeature(nn.Module):
         projector: maps the last dimension from student to teacher channels.
     """
 
-    def __init__(
-        self, module_path: str, io: str, readout: str, num_prefix_tokens: int, projector: nn.Module
-    ) -> None:
+    def __init__(self, module_path: str, io: str, readout: str, num_prefix_tokens: int, projector: nn.Module) -> None:
         super().__init__()
         self.module_path = module_path
         self.io = io
@@ -243,15 +240,15 @@ def _feature_spec(name: str, spec: Mapping[str, Any], student: nn.Module) -> dic
     path = spec["module"]
     paths = {p for p, _ in student.named_modules()}
     if path not in paths:
-        raise ValueError(f"feature '{name}': the student has no module '{path}'{nearest(path, paths - {''})}")
+        raise BadValue(f"feature '{name}': the student has no module '{path}'{nearest(path, paths - {''})}", path)
     io = spec.get("io", "output")
     if io not in ("input", "output"):
-        raise ValueError(f"feature '{name}': io should be 'input' or 'output', got {io!r}")
+        raise BadValue(f"feature '{name}': io should be 'input' or 'output', got {io!r}", io)
     readout = spec.get("readout", "identity")
     try:
         get_readout(readout)
     except ValueError as error:
-        raise ValueError(f"feature '{name}': {error}") from None
+        raise BadValue(f"feature '{name}': {error}", readout) from None
     prefix = spec.get("num_prefix_tokens", getattr(student, "num_prefix_tokens", None))
     if prefix is None and readout in _PREFIX_READOUTS:
         raise ValueError(
@@ -315,7 +312,7 @@ def _sample_input(student: nn.Module, setup: Setup | None, input_shape: list[int
     if input_shape is not None:
         sample = torch.zeros(*input_shape)
     elif setup is not None and setup.box.train_data_loader is not None:
-        with _random_state_kept():
+        with generators_restored():
             sample = setup.box.train_data_loader.dataset[0][0]
         if not isinstance(sample, Tensor):
             raise ValueError(f"training samples are {type(sample).__name__}, not tensors; give the sizes yourself")
@@ -343,7 +340,7 @@ def _read(
     modules = dict(model.named_modules())
     path = "" if path == "." else path
     if path not in modules:
-        raise ValueError(f"there is no module '{path}'{nearest(path, modules.keys() - {''})}")
+        raise BadValue(f"there is no module '{path}'{nearest(path, modules.keys() - {''})}", path)
     seen: list[Any] = []
     handle = modules[path].register_forward_hook(
         lambda module, args, output: seen.append(output if io == "output" else args[0])
@@ -351,7 +348,7 @@ def _read(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with _random_state_kept():
+        with generators_restored():
             model(sample)
     finally:
         handle.remove()
@@ -361,13 +358,3 @@ def _read(
         raise ValueError(f"module '{path}' does not run in the forward pass")
     value = seen[-1] if index is None else seen[-1][index]
     return get_readout(readout)(value, num_prefix_tokens)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Nothing random is consumed: a dry pass must not change the run that follows."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)

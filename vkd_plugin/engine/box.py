@@ -77,9 +77,7 @@ class EngineBox:
         args: arguments of torchdistill's box.
     """
 
-    def __init__(
-        self, load: Callable[..., list[Any]], precision: Precision, terms: TermMeter, *args: Any
-    ) -> None:
+    def __init__(self, load: Callable[..., list[Any]], precision: Precision, terms: TermMeter, *args: Any) -> None:
         self._load = load
         self.precision = precision
         self.terms = terms
@@ -141,7 +139,9 @@ class EngineBox:
         if self.distributed and _needs_ddp(model):  # type: ignore[attr-defined]
             frozen = any(not p.requires_grad for p in model.parameters())
             wrapped = DistributedDataParallel(
-                model, device_ids=self.device_ids, find_unused_parameters=frozen  # type: ignore[attr-defined]
+                model,
+                device_ids=self.device_ids,
+                find_unused_parameters=frozen,  # type: ignore[attr-defined]
             )
             if isinstance(self, DistillationBox):
                 self.student_model = wrapped
@@ -237,4 +237,3 @@ def _needs_ddp(model: nn.Module) -> bool:
     if check_if_wrapped(model) or any(check_if_wrapped(m) for m in model.modules()):
         return False
     return any(p.requires_grad for p in model.parameters())
-

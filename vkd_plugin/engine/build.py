@@ -1,6 +1,6 @@
 """Models from the ``models`` section, with their weights."""
 
-import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,10 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
 
 from ..config import Experiment
-from ..errors import ConfigError, UserError
+from ..errors import BadValue, ConfigError, UserError
+from ..models.weights import fit_weights, is_url, load_weights
+
+logger = logging.getLogger(__name__)
 
 # What libraries raise on arguments that do not fit. Anything else is our own mistake and shows its traceback.
 _BLAMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError, ImportError)
@@ -27,10 +30,31 @@ def blame(experiment: Experiment, *path: str | int) -> Iterator[None]:
         raise error if error.where else experiment.error(error.message, *path) from error
     except UserError:
         raise
+    except BadValue as error:
+        raise experiment.error(str(error), *_place_of(error.value, experiment.data, path)) from error
     except _BLAMED as error:
+        logger.debug("", exc_info=True)
         text = " ".join(str(error).split()) or "failed"
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise experiment.error(kind + text, *path) from error
+
+
+def _place_of(value: object, data: Any, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The path below ``path`` at which ``value`` stands; ``path`` itself if nowhere."""
+    for part in path:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return path
+
+    def search(node: Any, at: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
+        if isinstance(node, (dict, list)):
+            items = node.items() if isinstance(node, dict) else enumerate(node)
+            found = (search(item, (*at, key)) for key, item in items)
+            return next((place for place in found if place is not None), None)
+        return at if type(node) is type(value) and node == value else None
+
+    return search(data, path) or path
 
 
 def model_sections(experiment: Experiment) -> tuple[str | None, str]:
@@ -54,41 +78,11 @@ def build_model(experiment: Experiment, section: str, device: torch.device, dist
         if model is None:
             model = get_model(config["key"], config.get("repo_or_dir"), **(config.get("kwargs") or {}))
     source = config.get("src_ckpt")
-    if source and (_is_url(source) or Path(source).exists()):
+    if source and (is_url(source) or Path(source).exists()):
         with blame(experiment, "models", section, "src_ckpt"):
-            state = read_checkpoint(source)
-            model.load_state_dict(state.get("model", state))
+            fit_weights(model, load_weights(source), source)
     return model.to(device)
-
-
-def read_checkpoint(source: str | Path) -> dict[str, Any]:
-    """A torchdistill checkpoint, a plain state dict, or a safetensors file; nothing in it is executed.
-
-    torchdistill stores the parsed command line with the weights, an ``argparse.Namespace``; it is let through.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        if _is_url(source):
-            return torch.hub.load_state_dict_from_url(str(source), map_location="cpu", weights_only=True)
-        if str(source).endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(source)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source}: not a readable checkpoint: {text}") from error
-    if not isinstance(loaded, dict):
-        raise UserError(f"{source}: not a checkpoint: holds {type(loaded).__name__}, not a dict")
-    return loaded
 
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
-
-
-def _is_url(source: str | Path) -> bool:
-    return str(source).startswith(("http://", "https://"))

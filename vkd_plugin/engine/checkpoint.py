@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.weights import read_checkpoint
 from ..wrappers import ProjectedStudent
-from .build import read_checkpoint
 
 
 def save_atomically(state: Mapping[str, Any], path: Path) -> None:

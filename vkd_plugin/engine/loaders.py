@@ -54,9 +54,7 @@ class EpochSampler(Sampler[Any]):
             ranks differ by one at most, and no index comes twice.
     """
 
-    def __init__(
-        self, sampler: Sampler[Any], seed: int, rank: int = 0, world_size: int = 1, pad: bool = True
-    ) -> None:
+    def __init__(self, sampler: Sampler[Any], seed: int, rank: int = 0, world_size: int = 1, pad: bool = True) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
         self.sampler = sampler
@@ -98,7 +96,9 @@ def build_loader(
 
     Args:
         dataset: a map-style data set.
-        config: the section. Without a ``sampler`` training is shuffled and evaluation in order.
+        config: the section. Without a ``sampler`` training is shuffled and evaluation in order. A
+            ``batch_sampler`` is given this process's part of the order; under several processes it has to make
+            as many batches of each part.
         train: shards of equal size (True), or every sample exactly once (False).
         seed: the root of all randomness.
         rank, world_size: this process and the number of all.
@@ -129,9 +129,7 @@ def build_loader(
     )
 
 
-def loader_factory(
-    seed: int, rank: int = 0, world_size: int = 1
-) -> Callable[..., list[DataLoader[Any] | None]]:
+def loader_factory(seed: int, rank: int = 0, world_size: int = 1) -> Callable[..., list[DataLoader[Any] | None]]:
     """A stand-in for ``torchdistill.datasets.util.build_data_loaders``, with its signature.
 
     Args:
@@ -140,8 +138,8 @@ def loader_factory(
 
     Returns:
         ``load(datasets, configs, distributed, accelerator=None, train=None)``. As in torchdistill's boxes,
-        the first of two configs is for training and the second for evaluation; ``train`` (a bool) says it
-        for all of them. A config without ``dataset_id`` makes None.
+        the first of two configs is for training and the second for evaluation; any other number of them is
+        for evaluation. ``train`` (a bool) says it for all. A config without ``dataset_id`` makes None.
     """
 
     def load(
@@ -151,20 +149,18 @@ def loader_factory(
         accelerator: object = None,
         train: bool | None = None,
     ) -> list[DataLoader[Any] | None]:
-        loaders: list[DataLoader[Any] | None] = []
-        for place, config in enumerate(configs):
+        def build(config: Mapping[str, Any], training: bool) -> DataLoader[Any] | None:
             name = config.get("dataset_id")
-            if name is not None and name not in datasets:
+            if name is None:
+                return None
+            if name not in datasets:
                 raise UserError(f"no data set '{name}' under datasets{nearest(name, datasets)}")
-            for_training = len(configs) > 1 and place == 0 if train is None else train
-            loaders.append(
-                None
-                if name is None
-                else build_loader(
-                    datasets[name], config, train=for_training, seed=seed, rank=rank, world_size=world_size
-                )
-            )
-        return loaders
+            return build_loader(datasets[name], config, train=training, seed=seed, rank=rank, world_size=world_size)
+
+        if train is not None:
+            return [build(config, train) for config in configs]
+        of_a_box = len(configs) == 2  # a box asks for both of its loaders at once
+        return [build(config, of_a_box and place == 0) for place, config in enumerate(configs)]
 
     return load
 

@@ -98,7 +98,10 @@ class EpochProgress:
         seconds = time.perf_counter() - self.started
         left = self.steps_left * seconds / max(done, 1)
         self._bar.update(
-            self._task, terms=text, rate=f"{self.images_per_second:.0f} img/s", run_left=f"then {_duration(left)}"
+            self._task,
+            terms=text,
+            rate=f"{self.images_per_second:.0f} img/s",
+            run_left=f"then {_duration(left)}",
         )
 
     @property

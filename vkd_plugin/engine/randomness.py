@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
+from ..random_state import generators_restored
+
 
 def stable_hash(*address: str | SupportsIndex) -> int:
     """64 well-mixed bits of an address, the same in every process and on every machine, unlike ``hash``."""
@@ -41,13 +43,15 @@ def address(seed: int, *address: str | SupportsIndex) -> None:
     """
     bits = stable_hash(seed, *address)
     _seed_generators(bits)
-    torch.manual_seed(bits)
+    # Not torch.manual_seed: before CUDA is up it keeps each call, with its stack, to repeat it later.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(bits)
 
 
 @contextmanager
 def addressed(seed: int, *address: str | SupportsIndex) -> Iterator[None]:
     """Within the block the global CPU generators are those of an address; afterwards as they were before."""
-    with _generators_restored():
+    with generators_restored():
         _seed_generators(stable_hash(seed, *address))
         yield
 
@@ -58,18 +62,6 @@ def _seed_generators(bits: int) -> None:
     random.seed(bits)
     np.random.seed(bits >> 32)  # noqa: NPY002 (transforms draw from the global generator)
     torch.default_generator.manual_seed(bits)
-
-
-@contextmanager
-def _generators_restored() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    cpu = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        torch.default_generator.set_state(cpu)
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,7 @@ class AddressedDataset(Dataset[Any]):
         self.seed = seed
 
     def __getitem__(self, index: Any) -> Any:
-        with _generators_restored():
+        with generators_restored():
             return self._item(0, index)
 
     def __getitems__(self, batch: BatchAddress | list[Any]) -> Any:
@@ -152,7 +144,7 @@ class AddressedDataset(Dataset[Any]):
         """
         if not isinstance(batch, BatchAddress):
             return [self[index] for index in batch]
-        with _generators_restored():  # once per batch, as saving them costs more than ten samples' seeds
+        with generators_restored():  # once per batch, as saving them costs more than ten samples' seeds
             return batch, [self._item(batch.epoch, index) for index in batch.indices]
 
     def _item(self, epoch: int, index: Any) -> Any:

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..config import Experiment, load_experiment
 from ..errors import EXIT_DONE, UserError
+from ..models.weights import fit_weights, load_weights, read_checkpoint
 from ..tasks.classification import Classification
-from .build import blame, build_model, model_sections, read_checkpoint
+from .build import blame, build_model, model_sections
 from .checkpoint import save_atomically
 from .loaders import loader_factory
 from .precision import Precision
@@ -141,11 +142,7 @@ def _test(
         return {}
     processes.barrier()  # the main process has written the checkpoint
     source = _student_weights(experiment, path)
-    try:
-        state = read_checkpoint(source)
-        student.load_state_dict(state.get("model", state))
-    except RuntimeError as error:
-        raise UserError(f"{source}: does not fit the student: {' '.join(str(error).split())}") from error
+    fit_weights(student, load_weights(source), source)
     precision = Precision(experiment.data["train"].get("amp") if "train" in experiment.data else None, processes.device)
     models: list[tuple[str, nn.Module]] = [("student", student)]
     if teacher is not None and not options.student_only:

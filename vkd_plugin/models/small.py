@@ -8,6 +8,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchdistill.models.registry import register_model
 
+from .weights import fit_weights, load_weights
+
 
 def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
@@ -38,15 +40,19 @@ class DigitsCNN(nn.Module):
 
 
 @register_model
-def digits_cnn(num_classes: int = 10, width: int = 32, in_chans: int = 1) -> DigitsCNN:
+def digits_cnn(num_classes: int = 10, width: int = 32, in_chans: int = 1, checkpoint: str | None = None) -> DigitsCNN:
     """A convolutional teacher: at the default width 131 thousand parameters, ``final_conv`` (B, 128, 4, 4).
 
     Args:
         num_classes: size of the output.
         width: channels of the first convolution; the last has four times as many.
         in_chans: channels of the images.
+        checkpoint: a local file of weights.
     """
-    return DigitsCNN(num_classes, width, in_chans)
+    model = DigitsCNN(num_classes, width, in_chans)
+    if checkpoint is not None:
+        fit_weights(model, load_weights(checkpoint), checkpoint)
+    return model
 
 
 @register_model

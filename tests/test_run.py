@@ -1,0 +1,308 @@
+"""End to end through the command line, on real digits: what a run writes, repeats, distributes and refuses."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vkd_plugin
+from vkd_plugin.cli import main
+from vkd_plugin.models import digits_vit
+from vkd_plugin.models.weights import read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+VKD = "configs/digits/vkd/vit_from_cnn.yaml"
+SHORT = ("--set", "train.num_epochs=2", "--set", "datasets.digits/train.init.kwargs.fraction=0.2")
+
+
+@pytest.fixture(autouse=True)
+def _in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def _run(config: str, output: Path, *more: str, expect: int = 0) -> list[dict[str, Any]]:
+    arguments = ["--config", config, *SHORT, "--output", str(output), "--device", "cpu", *_dst(output), *more]
+    assert main(arguments) == expect
+    return _metrics(output)
+
+
+def _dst(output: Path) -> list[str]:
+    return ["--set", f"models.student_model.dst_ckpt={output}-student.pt"]
+
+
+def _metrics(output: Path) -> list[dict[str, Any]]:
+    file = output / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+
+
+def test_a_run_writes_what_the_documentation_says(tmp_path: Path) -> None:
+    records = _run(VKD, tmp_path / "run")
+    folder = tmp_path / "run"
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "log.txt", "checkpoints"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert any(p.name.startswith("events.out.tfevents") for p in folder.iterdir())
+    assert [r["epoch"] for r in records] == [1, 2]
+    assert {"step", "lr", "loss", "loss/ce", "loss/kl", "loss/vkd", "val/top1"} <= records[0].keys()
+    assert records[0]["orthogonality_error/tokens"] < 1e-5
+    weighted = sum(records[1][f"loss/{name}"] for name in ("ce", "kl", "vkd"))
+    assert math.isclose(records[1]["loss"], weighted, rel_tol=1e-5)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last"]["epoch"] == 2
+    assert summary["seed"] == 0
+    assert summary["device"] == "cpu"
+    assert summary["test"]["teacher"]["top1"] > 95
+    assert summary["parameters"]["student"] == sum(p.numel() for p in digits_vit().parameters())
+    assert summary["parameters"]["projectors"] == 48 * 128
+    assert summary["teacher_digest"]
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_the_student_is_saved_under_its_own_names_and_the_projectors_apart(tmp_path: Path) -> None:
+    _run(VKD, tmp_path / "run")
+    for name in ("last.pt", "best.pt"):
+        state = read_checkpoint(tmp_path / "run" / "checkpoints" / name)
+        digits_vit().load_state_dict(state["model"])
+        (key,) = [k for k in state["projectors"] if k.endswith("raw_weight")]
+        assert key == "tokens.projector.raw_weight"
+    digits_vit().load_state_dict(torch.load(f"{tmp_path}/run-student.pt", weights_only=True)["model"])
+
+
+def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
+    first = _run(VKD, tmp_path / "a")
+    assert (
+        main(["--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b"), "--device", "cpu"]) == 0
+    )
+    assert _metrics(tmp_path / "b") == first
+
+
+def test_one_seed_gives_identical_figures_whatever_the_number_of_workers(tmp_path: Path) -> None:
+    first = _run(VKD, tmp_path / "a", "--seed", "3")
+    again = _run(VKD, tmp_path / "b", "--seed", "3", "--set", "train.train_data_loader.kwargs.num_workers=2")
+    other = _run(VKD, tmp_path / "c", "--seed", "4")
+    assert first == again
+    assert first != other
+
+
+def test_resuming_at_the_end_of_an_epoch_repeats_the_uninterrupted_run(tmp_path: Path) -> None:
+    whole = _run(VKD, tmp_path / "whole")
+    part = tmp_path / "part"
+    _run(VKD, part, "--set", "train.num_epochs=1", "--set", "train.scheduler.kwargs.T_max=2")
+    assert len(_metrics(part)) == 1
+    _run(VKD, part, "--resume")
+    # T_max follows num_epochs through an anchor in the file, not through --set
+    reference = _run(VKD, tmp_path / "reference", "--set", "train.scheduler.kwargs.T_max=60")
+    assert whole == reference
+    assert [r["epoch"] for r in _metrics(part)] == [1, 2]
+
+
+def test_an_earlier_run_in_the_folder_is_moved_aside(tmp_path: Path) -> None:
+    _run(VKD, tmp_path / "run")
+    before = (tmp_path / "run" / "summary.json").read_text()
+    _run(VKD, tmp_path / "run", "--seed", "1")
+    assert (tmp_path / "run.1" / "summary.json").read_text() == before
+    assert (tmp_path / "run" / "summary.json").read_text() != before
+
+
+def test_test_only_reports_the_saved_student(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _run(VKD, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    capfd.readouterr()
+    _run(VKD, tmp_path / "run", "-test_only", "-student_only")
+    err = capfd.readouterr().err
+    assert f"test student: top1 {summary['test']['student']['top1']:.4g}" in err
+    assert "test teacher" not in err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_trains_and_keeps_the_projector_orthonormal(tmp_path: Path, dtype: str) -> None:
+    records = _run(VKD, tmp_path / "run", "--set", f"train.amp={{dtype: {dtype}}}")
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["orthogonality_error/tokens"] < 1e-5
+
+
+def test_ema_accumulation_and_clipping(tmp_path: Path) -> None:
+    records = _run(
+        VKD, tmp_path / "run", "--set", "train.ema={decay: 0.9}", "--set", "train.optimizer.grad_accum_step=2",
+        "--set", "train.optimizer.max_grad_norm=1.0",
+    )  # fmt: skip
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["val_ema/top1"] >= 0
+
+
+@pytest.mark.parametrize("method", ["kd", "linear", "mlp"])
+def test_the_other_distillation_configs_train(tmp_path: Path, method: str) -> None:
+    records = _run(f"configs/digits/{method}/vit_from_cnn.yaml", tmp_path / method)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+@pytest.mark.parametrize("name", ["vit", "digits_cnn"])
+def test_training_without_a_teacher(tmp_path: Path, name: str) -> None:
+    output = tmp_path / name
+    arguments = ["--config", f"configs/digits/ce/{name}.yaml", *SHORT, "--output", str(output), "--device", "cpu"]
+    assert main([*arguments, "--set", f"models.model.dst_ckpt={output}.pt"]) == 0
+    records = _metrics(output)
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert "teacher" not in json.loads((output / "summary.json").read_text())["test"]
+
+
+@pytest.mark.parametrize("orthogonal_map", ["householder", "matrix_exp", "cayley", "cholesky_qr", "polar"])
+def test_every_map_lives_through_training_with_weight_decay(tmp_path: Path, orthogonal_map: str) -> None:
+    projector = "train.student.auxiliary_model_wrapper.kwargs.features.tokens.projector"
+    records = _run(VKD, tmp_path / "run", "--set", f"{projector}.orthogonal_map={orthogonal_map}")
+    assert records[-1]["loss/vkd"] < records[0]["loss/vkd"]
+    assert records[-1]["orthogonality_error/tokens"] < 1e-5
+
+
+# Several processes.
+
+
+def _torchrun(output: Path, *more: str, config: str = VKD) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+        "run.py", "--config", config, *SHORT, "--output", str(output), "--device", "cpu", *_dst(output), *more,
+    ]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return _metrics(output)
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    """Two with batch 16 against one with batch 32: the same images per step, averaged gradients, exact accuracy.
+
+    The standardised loss needs the statistics of the global batch to agree.
+    """
+    more = [
+        "--set", "train.criterion.kwargs.sub_terms.vkd.criterion.kwargs.normalization=standardize",
+        "--set", "train.optimizer={key: SGD, kwargs: {lr: 0.05}}",
+    ]  # fmt: skip
+    one = _run(VKD, tmp_path / "one", *more, "--set", "train.train_data_loader.kwargs.batch_size=32")
+    two = _torchrun(tmp_path / "two", *more, "--set", "train.train_data_loader.kwargs.batch_size=16")
+    assert len(one) == len(two)
+    for alone, shared in zip(one, two, strict=True):
+        for name in ("loss", "loss/ce", "loss/kl", "loss/vkd", "val/loss"):
+            assert math.isclose(alone[name], shared[name], rel_tol=1e-4), name
+        assert alone["val/top1"] == shared["val/top1"]
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["world_size"] == 2
+
+
+# Bad input: exit code 2, one line, nothing lost.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: --config"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", VKD, "--sed", "1"], "--sed"),
+        (["--config", VKD, "--seed", "-1"], "-1"),
+        (["--config", VKD, "--seed", "x"], "--seed"),
+        (["--config", VKD, "--device", "gpu"], "--device gpu"),
+        (["--config", VKD, "--set", "train.num_epocs=3"], "did you mean 'num_epochs'?"),
+        (["--config", VKD, "--set", "train.num_epochs=ten"], "num_epochs"),
+        (["--config", VKD, "--resume", "nowhere.pt"], "--resume nowhere.pt: no such file"),
+        (["--config", VKD, "--set", "models.teacher_model.src_ckpt=nowhere.pt"], "nowhere.pt"),
+        (["--config", VKD, "--set", "models.teacher_model.kwargs.checkpoint=nowhere.pt"], "nowhere.pt"),
+        (["--config", VKD, "--set", "train.teacher.forward_hook.output=[final_cnv]"], "did you mean 'final_conv'?"),
+        (["--config", VKD, "--set", "train.student.forward_hook.output=[features.tokns]"],
+         "did you mean 'features.tokens'?"),
+        (["--config", VKD, "--set", "train.student.auxiliary_model_wrapper.kwargs.features.tokens.module=nrm"],
+         "did you mean 'norm'?"),
+        (["--config", VKD, "--set", "train.criterion.kwargs.sub_terms.vkd.criterion.kwargs.distance=smoth_l1"],
+         "did you mean 'smooth_l1'?"),
+        (["--config", VKD, "--set",
+          "train.criterion.kwargs.sub_terms.vkd.criterion_wrapper.kwargs.teacher.readout=spatial_men"],
+         "did you mean 'spatial_mean'?"),
+        (["--config", VKD, "--set", "train.amp={dtype: float61}"], "float61"),
+        (["--config", VKD, "--set", "train.train_data_loader.kwargs.batch_size=0"], "batch_size"),
+        (["--config", VKD, "--set", "train.optimizer.kwargs.lr=-1"], "Invalid learning rate"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if arguments:
+        arguments = [*arguments, "--output", str(tmp_path / "run")]
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    err = capfd.readouterr().err
+    assert code == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
+    assert message in errors[0]
+    assert "Traceback" not in err
+
+
+def test_bad_input_leaves_an_earlier_run_where_it_is(tmp_path: Path) -> None:
+    _run(VKD, tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    _run(VKD, tmp_path / "run", "--set", "train.num_epocs=3", expect=2)
+    _run(VKD, tmp_path / "run", "--set", "train.student.forward_hook.output=[features.tokns]", expect=2)
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
+
+
+def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes(b"not a checkpoint")
+    _run(VKD, tmp_path / "run", "--resume", str(bad), expect=2)
+    assert f"{bad}: not a readable checkpoint" in capfd.readouterr().err
+    _run(VKD, tmp_path / "run", "--set", f"models.student_model.src_ckpt={bad}", expect=2)
+    assert f"{bad}: not a readable checkpoint" in capfd.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_ends_with_exit_code_3(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _run(VKD, tmp_path / "run", "--set", "train.optimizer={key: SGD, kwargs: {lr: 1.0e+30}}", expect=3)
+    err = capfd.readouterr().err
+    assert "error: training stopped: the loss is nan in epoch 1 at step" in err
+    assert "ce nan" in err
+
+
+def test_a_teacher_that_moves_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(vkd_plugin.host, "keep_in_eval", lambda teacher, runs: teacher.register_forward_hook(print))
+    monkeypatch.setattr("builtins.print", lambda *a, **k: None)
+    _run(VKD, tmp_path / "run", expect=2)
+    assert (
+        "the frozen teacher changed during training"
+        in (tmp_path / "run" / "log.txt").read_text() + capfd.readouterr().err
+    )
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from vkd_plugin.engine.records import RunFolder
+
+    held = RunFolder(tmp_path / "run")
+    _run(VKD, tmp_path / "run", expect=2)
+    assert "another run is writing there" in capfd.readouterr().err
+    held.close()
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    _run(VKD, tmp_path / "file" / "run", expect=2)
+    assert f"error: --output {tmp_path}/file/run: cannot write there" in capfd.readouterr().err
+
+
+def test_shipped_configs_load_with_torchdistills_own_loader() -> None:
+    from torchdistill.common.yaml_util import load_yaml_file
+
+    for file in sorted(Path("configs").rglob("*.yaml")):
+        if "tables" not in file.parts:
+            config = load_yaml_file(str(file))
+            assert {"datasets", "models", "train", "test"} <= config.keys(), file
+    assert shutil.which(sys.executable)

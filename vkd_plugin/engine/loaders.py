@@ -97,8 +97,8 @@ def build_loader(
     Args:
         dataset: a map-style data set.
         config: the section. Without a ``sampler`` training is shuffled and evaluation in order. A
-            ``batch_sampler`` is given this process's part of the order; under several processes it has to make
-            as many batches of each part.
+            ``batch_sampler`` is given this process's part of the order; with several processes it has to
+            make as many batches of each part.
         train: shards of equal size (True), or every sample exactly once (False).
         seed: the root of all randomness.
         rank, world_size: this process and the number of all.

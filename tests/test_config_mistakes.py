@@ -22,7 +22,7 @@ def problems(text: str, folder: Path) -> list[str]:
 
 # (file, what to replace, by what, message, text that begins on the line to blame: if left out, the last that
 # was put in)
-STRUCTURE = [
+STRUCTURE: list[tuple[str, ...]] = [
     ("distill", "train:\n", "trian:\n", "unknown key 'trian' (did you mean 'train'?)"),
     (
         "distill",
@@ -84,8 +84,7 @@ STRUCTURE = [
         "distill",
         "gamma: 0.1",
         "gamma: 1.5e3",
-        "train.scheduler.kwargs.gamma: expected a number, got '1.5e3';"
-        " YAML reads it as a string, write 1.5e+3",
+        "train.scheduler.kwargs.gamma: expected a number, got '1.5e3'; YAML reads it as a string, write 1.5e+3",
     ),
     (
         "distill",
@@ -228,7 +227,7 @@ STRUCTURE = [
     ),
 ]
 
-REFERENCES = [
+REFERENCES: list[tuple[str, ...]] = [
     (
         "distill",
         "    dataset_id: *val_set\n    sampler: *sampler\n    kwargs: *loader",
@@ -279,8 +278,7 @@ REFERENCES = [
         "supervised",
         "forward_proc: 'forward_batch_only'",
         "forward_proc: 'forward_batch_olny'",
-        "train.model.forward_proc: no forward process 'forward_batch_olny' "
-        "(did you mean 'forward_batch_only'?)",
+        "train.model.forward_proc: no forward process 'forward_batch_olny' (did you mean 'forward_batch_only'?)",
     ),
     (
         "staged",
@@ -350,8 +348,7 @@ REFERENCES = [
         "distill",
         "      num_workers: 0\n    cache",
         "      num_worker: 0\n    cache",
-        "train.train_data_loader.kwargs: DataLoader takes no argument 'num_worker' "
-        "(did you mean 'num_workers'?)",
+        "train.train_data_loader.kwargs: DataLoader takes no argument 'num_worker' (did you mean 'num_workers'?)",
         "num_worker: 0",
     ),
     (
@@ -408,7 +405,7 @@ REFERENCES = [
     ),
 ]
 
-CONSTRUCTION = [
+CONSTRUCTION: list[tuple[str, ...]] = [
     (
         "distill",
         "transforms.RandomHorizontalFlip'",
@@ -429,8 +426,7 @@ CONSTRUCTION = [
         "supervised",
         "key: 'torchvision.datasets.FakeData'",
         "key: 'torchvison.datasets.FakeData'",
-        "!import_call torchvison.datasets.FakeData: No module named 'torchvison' "
-        "(did you mean 'torchvision'?)",
+        "!import_call torchvison.datasets.FakeData: No module named 'torchvison' (did you mean 'torchvision'?)",
         "        dataset: !import_call",
     ),
     (

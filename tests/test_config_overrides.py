@@ -66,9 +66,7 @@ def test_a_value_may_have_a_tag() -> None:
 
 
 def test_an_alias_changes_alone() -> None:
-    data = load(
-        "distill", "train.val_data_loader.kwargs.batch_size=9", "models.student_model.key=resnet34"
-    ).data
+    data = load("distill", "train.val_data_loader.kwargs.batch_size=9", "models.student_model.key=resnet34").data
     assert data["train"]["val_data_loader"]["kwargs"]["batch_size"] == 9
     assert data["train"]["train_data_loader"]["kwargs"]["batch_size"] == 4
     assert data["models"]["student_model"]["key"] == "resnet34"

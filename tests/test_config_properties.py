@@ -70,16 +70,12 @@ def mutated(draw: st.DrawFn) -> str:
             case "rename":
                 name = str(key.value)
                 at = draw(st.integers(0, len(name) - 1))
-                renamed = yaml.ScalarNode(
-                    key.tag, name[:at] + draw(st.sampled_from(["", "x", "_"])) + name[at + 1 :]
-                )
+                renamed = yaml.ScalarNode(key.tag, name[:at] + draw(st.sampled_from(["", "x", "_"])) + name[at + 1 :])
                 mapping.value[index] = (renamed, value)
             case "twice":
                 mapping.value.insert(index, (key, value))
             case "retag":
-                value.tag = draw(
-                    st.sampled_from(["!import_call", "!join", "!getattr", "tag:yaml.org,2002:str"])
-                )
+                value.tag = draw(st.sampled_from(["!import_call", "!join", "!getattr", "tag:yaml.org,2002:str"]))
             case _:
                 mapping.value[index] = (
                     key,

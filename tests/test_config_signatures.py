@@ -106,11 +106,7 @@ def test_what_the_caller_gives_is_not_asked_for() -> None:
 
 
 def test_no_loss_of_torchdistill_takes_a_keyword_that_is_not_there() -> None:
-    losses = [
-        value
-        for value in vars(mid_level).values()
-        if isinstance(value, type) and issubclass(value, nn.Module)
-    ]
+    losses = [value for value in vars(mid_level).values() if isinstance(value, type) and issubclass(value, nn.Module)]
     ours = [loss for loss in losses if loss.__module__ == mid_level.__name__]
     assert len(ours) > 25
     assert [loss.__name__ for loss in ours if keywords(loss).open] == []

@@ -10,7 +10,7 @@ from vkd_plugin.config.construct import construct
 from vkd_plugin.config.graph import check_graph, digest, merge_all, to_text, unshare
 from vkd_plugin.config.nodes import entries
 from vkd_plugin.config.overrides import Override, apply_overrides
-from vkd_plugin.config.problems import ConfigErrors, KeyPath, Problems, dotted
+from vkd_plugin.config.problems import ConfigErrors, Problems, dotted
 from vkd_plugin.config.references import check_references, import_dependencies
 from vkd_plugin.config.schema import experiment
 from vkd_plugin.config.source import entry_place, place, read
@@ -132,6 +132,3 @@ def _parse(overrides: Sequence[str], problems: Problems) -> list[Override]:
         except ConfigErrors as error:
             problems.add(error.message, error.where)
     return parsed
-
-
-__all__ = ["Experiment", "KeyPath", "load_experiment"]

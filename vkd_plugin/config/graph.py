@@ -154,9 +154,7 @@ def unshare(root: yaml.Node) -> yaml.Node:
         if isinstance(node, yaml.MappingNode):
             pairs = [(plain_key(key), key, child) for key, child in node.value]
             kept = [pair for pair in pairs if not (in_kwargs and is_private(pair[0]))]
-            value = [
-                (copy(key, depth + 1), copy(child, depth + 1, name == "kwargs")) for name, key, child in kept
-            ]
+            value = [(copy(key, depth + 1), copy(child, depth + 1, name == "kwargs")) for name, key, child in kept]
         elif isinstance(node, yaml.SequenceNode):
             value = [copy(child, depth + 1) for child in node.value]
         duplicate = with_value(node, value)
@@ -182,9 +180,7 @@ def _canonical(node: yaml.Node) -> object:
     content: object
     if isinstance(node, yaml.MappingNode):
         pairs = [(key, value) for key, value in node.value if not is_private(plain_key(key))]
-        content = {
-            "mapping": sorted([json.dumps(_canonical(k)), json.dumps(_canonical(v))] for k, v in pairs)
-        }
+        content = {"mapping": sorted([json.dumps(_canonical(k)), json.dumps(_canonical(v))] for k, v in pairs)}
     elif isinstance(node, yaml.SequenceNode):
         content = [_canonical(item) for item in node.value]
     elif node.tag.startswith("!"):

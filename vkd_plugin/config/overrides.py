@@ -105,9 +105,7 @@ class Override:
         pairs = [(key, new if str(plain_key(key)) == name else value) for key, value in node.value]
         return with_value(node, pairs)
 
-    def _set_item(
-        self, node: yaml.SequenceNode, spec: Spec, parts: tuple[str, ...], done: KeyPath
-    ) -> yaml.Node:
+    def _set_item(self, node: yaml.SequenceNode, spec: Spec, parts: tuple[str, ...], done: KeyPath) -> yaml.Node:
         step = _step(node, parts)
         if step is None:
             count = len(node.value)

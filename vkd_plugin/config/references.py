@@ -24,8 +24,8 @@ from torchdistill.optim import registry as optim
 from torchdistill.optim import scheduler as _scheduler  # noqa: F401  registers schedulers
 
 from vkd_plugin.config.construct import one_line, target_name
-from vkd_plugin.config.nodes import OPAQUE, Entries, entries, is_null, is_private, plain_value
-from vkd_plugin.config.problems import KeyPath, Problems
+from vkd_plugin.config.nodes import OPAQUE, Entries, entries, is_active, is_null, is_private, plain_value
+from vkd_plugin.config.problems import Problems
 from vkd_plugin.config.signatures import keywords
 from vkd_plugin.config.source import entry_place, place
 from vkd_plugin.config.spec import Section, Text
@@ -110,7 +110,7 @@ def _dependency(node: yaml.Node) -> list[str]:
 def check_references(root: yaml.MappingNode, found: list[Found], problems: Problems) -> None:
     """Adds to ``problems`` every name in ``found`` that means nothing."""
     dataset_ids = _dataset_ids(root)
-    written = {plain_value(node) for path, node in _destinations(root)}
+    written = _destinations(root)
     for reference in found:
         spec = reference.spec
         if isinstance(spec, Section):
@@ -183,14 +183,10 @@ def _model_kind(present: Entries) -> Kind | None:
 
 def _callables(module: Any) -> Registry:
     """The functions that build models; the classes beside them are not for users."""
-    return {
-        name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"
-    }
+    return {name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"}
 
 
-def _check_arguments(
-    found: Found, target: Callable[..., Any], key: str, kind: Kind, problems: Problems
-) -> None:
+def _check_arguments(found: Found, target: Callable[..., Any], key: str, kind: Kind, problems: Problems) -> None:
     """``kwargs`` has no keyword that ``target`` does not read, and all that it needs."""
     assert isinstance(found.node, yaml.MappingNode)
     present = entries(found.node)
@@ -198,7 +194,7 @@ def _check_arguments(
     given: Entries = {}
     if "kwargs" in present and not is_null(present["kwargs"][1]):
         node = present["kwargs"][1]
-        if not isinstance(node, yaml.MappingNode) or node.tag.startswith("!"):
+        if not isinstance(node, yaml.MappingNode) or is_active(node):
             return
         given = entries(node)
         where, path = entry_place(*present["kwargs"]), (*path, "kwargs")
@@ -211,9 +207,7 @@ def _check_arguments(
         if is_private(name) or isinstance(name, yaml.Node):
             continue
         if name in kind.supplied:
-            problems.add(
-                f"'{name}' may not stand here: {key} is given it already", entry_place(key_node, value), path
-            )
+            problems.add(f"'{name}' may not stand here: {key} is given it already", entry_place(key_node, value), path)
         elif name not in takes.names and not takes.open:
             message = f"{key} takes no argument '{name}'{nearest(name, takes.names)}"
             problems.add(message, entry_place(key_node, value), path)
@@ -228,29 +222,29 @@ def _check_arguments(
 def _dataset_ids(root: yaml.MappingNode) -> set[object] | None:
     """The names under ``datasets``; None where a tag makes them."""
     node = entries(root)["datasets"][1]
-    if not isinstance(node, yaml.MappingNode) or node.tag.startswith("!"):
+    if not isinstance(node, yaml.MappingNode) or is_active(node):
         return None
     names = set(entries(node))
     return None if any(isinstance(name, yaml.Node) for name in names) else names
 
 
-def _destinations(root: yaml.MappingNode) -> list[tuple[KeyPath, yaml.Node]]:
+def _destinations(root: yaml.MappingNode) -> set[str]:
     """Every ``dst_ckpt`` in the file."""
-    result: list[tuple[KeyPath, yaml.Node]] = []
+    found: set[str] = set()
 
-    def visit(node: yaml.Node, path: KeyPath) -> None:
-        if isinstance(node, yaml.MappingNode) and not node.tag.startswith("!"):
+    def visit(node: yaml.Node) -> None:
+        if isinstance(node, yaml.MappingNode) and not is_active(node):
             for name, (_, value) in entries(node).items():
-                if name == "dst_ckpt":
-                    result.append((path, value))
-                visit(value, (*path, name))
+                if name == "dst_ckpt" and isinstance(target := plain_value(value), str):
+                    found.add(target)
+                visit(value)
 
     for section in ("models", "train"):
-        visit(entries(root)[section][1], (section,))
-    return result
+        visit(entries(root)[section][1])
+    return found
 
 
-def _check_checkpoint(name: str, found: Found, written: set[object], problems: Problems) -> None:
+def _check_checkpoint(name: str, found: Found, written: set[str], problems: Problems) -> None:
     """A checkpoint to start from is there; torchdistill would go on with random weights."""
     if name.startswith(("http://", "https://")) or os.path.isfile(name):
         return
@@ -260,9 +254,7 @@ def _check_checkpoint(name: str, found: Found, written: set[object], problems: P
     # A run that starts from its own output starts from scratch the first time, and resumes later; a later
     # stage starts from what an earlier one writes. A teacher to begin with comes from nowhere else.
     teacher = "teacher" in found.path or "teacher_model" in found.path
-    first = not any(
-        isinstance(part, str) and part.startswith("stage") and part != "stage1" for part in found.path
-    )
+    first = not any(isinstance(part, str) and part.startswith("stage") and part != "stage1" for part in found.path)
     if name in written and not (teacher and first):
         return
     problems.add(f"no checkpoint at '{name}'", found.where, found.path)

@@ -38,9 +38,7 @@ TAGS: dict[str, Spec] = {
     ),
     "!getattr": Items(),
     "!setattr": Items(),
-    "!access_by_index_or_key": Section(
-        {"data": Anything(), "index_or_key": Anything()}, ("data", "index_or_key")
-    ),
+    "!access_by_index_or_key": Section({"data": Anything(), "index_or_key": Anything()}, ("data", "index_or_key")),
 }
 
 # --- sections -----------------------------------------------------------------------------------------------
@@ -51,9 +49,7 @@ NAMES = Items(Text())
 ARGS = Items(nullable=True)
 
 
-def component(
-    kind: str, needs: tuple[str, ...] = ("key", "kwargs"), more: dict[str, Spec] | None = None
-) -> Section:
+def component(kind: str, needs: tuple[str, ...] = ("key", "kwargs"), more: dict[str, Spec] | None = None) -> Section:
     """``{key, kwargs}`` that builds a component of ``kind``; ``more`` replaces or adds keys."""
     keys: dict[str, Spec] = {"key": Text(), "kwargs": Named(nullable="kwargs" not in needs)}
     return Section(keys | (more or {}), needs, component=kind)
@@ -210,9 +206,7 @@ ENGINE: dict[str, Spec] = {
 }
 """What the engine of this package reads under ``train``; torchdistill does not."""
 
-TEST = Section(
-    {"test_data_loader": LOADER, "log_freq": COUNT, "metric": Text(nullable=True)}, ("test_data_loader",)
-)
+TEST = Section({"test_data_loader": LOADER, "log_freq": COUNT, "metric": Text(nullable=True)}, ("test_data_loader",))
 
 
 def stage(has_teacher: bool, first: bool) -> Section:
@@ -264,9 +258,7 @@ def train(names: set[object], has_teacher: bool) -> Section:
 
 
 def _stages(names: set[object]) -> list[str]:
-    return [
-        name for name in names if isinstance(name, str) and name.startswith("stage") and name[5:].isdigit()
-    ]
+    return [name for name in names if isinstance(name, str) and name.startswith("stage") and name[5:].isdigit()]
 
 
 def experiment(root: yaml.MappingNode) -> Section:

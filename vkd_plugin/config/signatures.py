@@ -100,9 +100,7 @@ def _from_kwargs(function: Callable[..., Any], cls: type | None, place: int) -> 
     result = Keywords()
     understood = 0
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and any(
-            _is_name(k.value, name) and k.arg is None for k in node.keywords
-        ):
+        if isinstance(node, ast.Call) and any(_is_name(k.value, name) and k.arg is None for k in node.keywords):
             understood += 1
             rest = _from_callee(node, function, cls, place)
             if rest is None:
@@ -118,9 +116,7 @@ def _from_kwargs(function: Callable[..., Any], cls: type | None, place: int) -> 
     return result if uses == understood else Keywords(open=True)
 
 
-def _from_callee(
-    call: ast.Call, function: Callable[..., Any], cls: type | None, place: int
-) -> Keywords | None:
+def _from_callee(call: ast.Call, function: Callable[..., Any], cls: type | None, place: int) -> Keywords | None:
     """The keywords that ``callee(..., **kwargs)`` leaves to ``**kwargs``; None for an unknown callee."""
     given = frozenset(k.arg for k in call.keywords if k.arg is not None)
     if ast.unparse(call.func) == "super().__init__" and cls is not None:
@@ -154,11 +150,7 @@ def _lookup(node: ast.AST, name: str) -> str | None:
     key: ast.expr | None = None
     if isinstance(node, ast.Subscript) and _is_name(node.value, name) and isinstance(node.ctx, ast.Load):
         key = node.slice
-    elif (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and _is_name(node.func.value, name)
-    ):
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, name):
         key = node.args[0] if node.func.attr in ("get", "pop") and node.args else None
     return key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None
 

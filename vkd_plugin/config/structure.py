@@ -64,8 +64,8 @@ def option_for(spec: Spec, node: yaml.Node) -> Spec:
     return spec
 
 
-def reads_as_text(value: str) -> str:
-    """For text that was meant as a number, ``; write 1.0e-4``: how YAML has it; else nothing."""
+def number_hint(value: str) -> str:
+    """How YAML has the number that ``value`` was meant to be, as the end of a message; nothing for other text."""
     match = _EXPONENT.match(value)
     if not match:
         return ""
@@ -76,7 +76,7 @@ def reads_as_text(value: str) -> str:
 
 def _meant_as_number(node: yaml.ScalarNode) -> bool:
     """Whether it is an unquoted string such as 1e-4."""
-    return node.tag == STR_TAG and not node.style and bool(reads_as_text(node.value))
+    return node.tag == STR_TAG and not node.style and bool(number_hint(node.value))
 
 
 def _same_kind(spec: Spec, node: yaml.Node) -> bool:
@@ -162,15 +162,13 @@ class _Checker:
             for index, item in enumerate(node.value):
                 self.visit(item, Anything(), (*path, index), place(item.start_mark))
         elif isinstance(node, yaml.ScalarNode) and _meant_as_number(node):
-            self.problems.add(
-                f"expected a number, got '{node.value}'{reads_as_text(node.value)}", where, path
-            )
+            self.problems.add(f"expected a number, got '{node.value}'{number_hint(node.value)}", where, path)
 
     def _mismatch(self, node: yaml.Node, spec: Spec, path: KeyPath, where: str) -> None:
         hint = ""
         value = plain_value(node)
         if isinstance(value, str) and isinstance(spec, Number):
-            hint = reads_as_text(value)
+            hint = number_hint(value)
         elif isinstance(value, str) and isinstance(spec, Text) and spec.choices:
             hint = nearest(value, spec.choices)
         elif isinstance(value, str) and isinstance(spec, Items):

@@ -18,7 +18,7 @@ from ..models.weights import fit_weights, is_url, load_weights
 logger = logging.getLogger(__name__)
 
 # What libraries raise on arguments that do not fit. Anything else is our own mistake and shows its traceback.
-_BLAMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OSError, ImportError)
+_BLAMED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ImportError, ArithmeticError)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,29 +17,41 @@ logger = logging.getLogger("vkd_plugin")
 console = Console(stderr=True, highlight=False)
 
 
-def setup_logging(is_main: bool, *files: Path) -> None:
-    """The plugin's messages to the terminal and to ``files``; torchdistill's to ``files`` only.
+def setup_logging(is_main: bool) -> None:
+    """The plugin's messages to the terminal; they and torchdistill's are kept for :func:`log_to`.
 
     Args:
-        is_main: other processes say warnings and errors only, and write no file.
+        is_main: other processes say warnings and errors only.
     """
-    for name in ("vkd_plugin", def_logger.name):
-        target = logging.getLogger(name)
-        target.setLevel(logging.INFO if is_main else logging.WARNING)
-        target.propagate = False
-        for handler in list(target.handlers):
-            target.removeHandler(handler)
-            handler.close()
-        for file in files if is_main else ():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(file)
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            target.addHandler(handler)
     if console.is_terminal:
         screen: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
     else:
         screen = logging.StreamHandler(sys.stderr)
-    logger.addHandler(screen)
+    screen.setLevel(logging.INFO if is_main else logging.WARNING)
+    kept = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+    for target, handlers in ((logger, [screen, kept]), (def_logger, [kept])):
+        for handler in list(target.handlers):
+            target.removeHandler(handler)
+            handler.close()
+        target.setLevel(logging.DEBUG)
+        target.propagate = False
+        for handler in handlers:
+            target.addHandler(handler)
+
+
+def log_to(*files: Path) -> None:
+    """Writes what was said since :func:`setup_logging`, and all that follows, to ``files``."""
+    kept = next(handler for handler in logger.handlers if isinstance(handler, MemoryHandler))
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for record in kept.buffer:
+            handler.handle(record)
+        for target in (logger, def_logger):
+            target.addHandler(handler)
+    for target in (logger, def_logger):
+        target.removeHandler(kept)
 
 
 class EpochProgress:

@@ -41,27 +41,29 @@ class RunFolder:
 
     Args:
         path: the folder; made if it is missing.
-        keep: go on in a folder that holds a run already (resume, evaluation) rather than moving it aside.
 
     Raises:
         UserError: another process writes there, or it cannot be written.
     """
 
-    def __init__(self, path: Path, keep: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            if not keep and (path / "config.yaml").exists():
-                self._lock.close()
-                moved = _free_name(path)
-                path.rename(moved)
-                path.mkdir()
-                self._lock = self._locked()
-                logger.info("%s holds an earlier run; moved to %s", path, moved)
             (path / "checkpoints").mkdir(exist_ok=True)
-        except (OSError, NotADirectoryError) as error:
+        except OSError as error:
             raise UserError(f"--output {path}: cannot write there: {error.strerror or error}") from error
+
+    def start_afresh(self) -> None:
+        """Moves an earlier run that the folder holds aside, to the first free ``<folder>.<number>``."""
+        if not (self.path / "config.yaml").exists():
+            return
+        moved = _free_name(self.path)
+        self._lock.close()
+        self.path.rename(moved)
+        self.__init__(self.path)  # type: ignore[misc]
+        logger.info("%s holds an earlier run; moved to %s", self.path, moved)
 
     def _locked(self) -> IO[str]:
         lock = (self.path / ".lock").open("w")

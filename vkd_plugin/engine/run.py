@@ -18,7 +18,7 @@ from .checkpoint import save_atomically
 from .loaders import loader_factory
 from .precision import Precision
 from .processes import Processes, process_group
-from .progress import setup_logging
+from .progress import log_to, setup_logging
 from .records import RunFolder, default_output, device_name, environment, write_atomically
 from .train import Result, Trainer, elapsed, seed_everything
 
@@ -57,44 +57,38 @@ def run(options: Options) -> int:
     started = time.perf_counter()
     experiment = load_experiment(options.config, options.overrides)
     with process_group(options.device, options.dist_url) as processes:
+        setup_logging(processes.is_main)
         path = Path(options.output) if options.output else default_output(options.config)
-        checkpoint = _checkpoint_to_resume(options, path)
-        keep = checkpoint is not None or options.test_only
-        folder = RunFolder(path, keep=keep) if processes.is_main else None
+        folder = RunFolder(path) if processes.is_main else None
         try:
-            logs = [path / "log.txt", *([Path(options.run_log).expanduser()] if options.run_log else [])]
-            setup_logging(processes.is_main, *logs)
             if options.log_config:
                 logger.info(experiment.dump())
             torch.backends.cudnn.benchmark = not options.disable_cudnn_benchmark
             seed_everything(options.seed)
             teacher_section, student_section = model_sections(experiment)
-            teacher = (
-                build_model(experiment, teacher_section, processes.device, processes.distributed)
-                if teacher_section
-                else None
-            )
-            student = build_model(experiment, student_section, processes.device, processes.distributed)
-            result = Result()
-            if not options.test_only:
+            device, distributed = processes.device, processes.distributed
+            teacher = build_model(experiment, teacher_section, device, distributed) if teacher_section else None
+            student = build_model(experiment, student_section, device, distributed)
+            if options.test_only:
+                _test(options, experiment, teacher, student, processes, path)
+            else:
+                result = _train(options, experiment, teacher, student, processes, folder)
+                tested = _test(options, experiment, teacher, student, processes, path)
                 if folder is not None:
-                    write_atomically(path / "config.yaml", experiment.dump())
-                result = _train(options, experiment, teacher, student, processes, folder, checkpoint)
-            tested = _test(options, experiment, teacher, student, processes, path)
-            if folder is not None and not options.test_only:
-                _write_student(experiment, student_section, folder, result)
-                folder.write_summary(_summary(options, result, tested, processes, elapsed(started)))
+                    _write_student(experiment, student_section, folder)
+                    folder.write_summary(_summary(options, result, tested, processes, elapsed(started)))
         finally:
             if folder is not None:
                 folder.close()
     return EXIT_DONE
 
 
-def _checkpoint_to_resume(options: Options, path: Path) -> Path | None:
+def _checkpoint_to_resume(options: Options) -> Path | None:
     if options.resume is None:
         return None
     if options.resume == "auto":
-        last = path / "checkpoints" / "last.pt"
+        output = Path(options.output) if options.output else default_output(options.config)
+        last = output / "checkpoints" / "last.pt"
         return last if last.exists() else None
     checkpoint = Path(options.resume)
     if not checkpoint.is_file():
@@ -109,14 +103,22 @@ def _train(
     student: nn.Module,
     processes: Processes,
     folder: RunFolder | None,
-    checkpoint: Path | None,
 ) -> Result:
     lr_factor = processes.world_size if options.adjust_lr else 1
     trainer = Trainer(experiment, teacher, student, processes, folder, options.seed, lr_factor)
     trainer.epoch = options.start_epoch
+    checkpoint = _checkpoint_to_resume(options)
     if checkpoint is not None:
         trainer.resume(checkpoint)
         logger.info("resumed from %s after epoch %d", checkpoint, trainer.epoch)
+    processes.barrier()  # all have read the checkpoint
+    if folder is not None:  # nothing was written up to here: a mistake in the configuration costs nothing
+        if checkpoint is None:
+            folder.start_afresh()
+        log_to(folder.path / "log.txt", *([Path(options.run_log).expanduser()] if options.run_log else []))
+        write_atomically(folder.path / "config.yaml", experiment.dump())
+    else:
+        log_to()
     try:
         return trainer.train()
     finally:
@@ -168,7 +170,7 @@ def _student_weights(experiment: Experiment, path: Path) -> Path:
     raise UserError(f"no weights to test: neither {best} nor {target or 'a dst_ckpt'} exists")
 
 
-def _write_student(experiment: Experiment, section: str, folder: RunFolder, result: Result) -> None:
+def _write_student(experiment: Experiment, section: str, folder: RunFolder) -> None:
     """The best student at ``dst_ckpt``, where torchdistill's scripts would put it."""
     target = experiment.data["models"][section].get("dst_ckpt")
     if target and folder.best.exists():

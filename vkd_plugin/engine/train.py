@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Experiment
-from ..errors import NotFiniteError, UserError
+from ..errors import ConfigError, NotFiniteError, UserError
 from ..tasks.classification import Classification
 from ..teacher import state_digest
 from ..wrappers import ProjectedStudent
@@ -141,16 +141,13 @@ class Trainer:
                 samples, targets, supplement = self.task.unpack(batch, device)
                 samples = self._channels_last(samples)
                 address(self.seed, self.step, self.processes.rank)
-                if self.step == 0:
-                    with blame(self.experiment, "train"):
-                        loss = box.forward_process(samples, targets, supplement)
-                else:
-                    loss = box.forward_process(samples, targets, supplement)
+                loss = self._forward(samples, targets, supplement)
                 if device.type == "cpu" and not math.isfinite(loss.item()):
                     self._stop_on_bad_numbers(loss)
                 self.terms.count(loss)
                 steps_before = box.optimizer_steps
-                box.post_forward_process(loss=loss)
+                with blame(self.experiment, "train"):
+                    box.post_forward_process(loss=loss)
                 if self.ema is not None and box.optimizer_steps > steps_before:
                     self.ema.update(box.bare_student)
                 self.step += 1
@@ -174,9 +171,20 @@ class Trainer:
         self.epoch += 1
         return record
 
+    def _forward(self, *batch: Any) -> Tensor:
+        """Loss of a batch. What a library raises here is the configuration's fault, unless weights are not finite."""
+        try:
+            with blame(self.experiment, "train"):
+                return self.box.forward_process(*batch)
+        except ConfigError as error:
+            if all(bool(p.isfinite().all()) for p in self.box.student.parameters()):
+                raise
+            raise NotFiniteError(self._stopped("a weight of the student is not finite")) from error
+
     def _post_epoch(self, record: dict[str, Any]) -> None:
         stage = getattr(self.box, "stage_number", None)
-        self.box.post_epoch_process(metrics=record.get("val/" + self.task.metric, record["loss"]))
+        with blame(self.experiment, "train"):
+            self.box.post_epoch_process(metrics=record.get("val/" + self.task.metric, record["loss"]))
         if getattr(self.box, "stage_number", None) != stage:
             logger.info("stage %s", self.box.stage_number)  # type: ignore[attr-defined]
 
@@ -285,23 +293,28 @@ class Trainer:
         for name, error in self._orthogonality().items():
             if not error <= ORTHOGONALITY_LIMIT:
                 raise NotFiniteError(
-                    f"the projector of feature '{name}' is not orthonormal any more: max |W^T W - I| = {error:.1e} "
-                    f"at step {self.step} (limit {ORTHOGONALITY_LIMIT:.0e})"
+                    self._stopped(
+                        f"the projector of feature '{name}' is not orthonormal, max |W^T W - I| is {error:.1e} "
+                        f"(limit {ORTHOGONALITY_LIMIT:.0e})"
+                    )
                 )
 
     def _stop_on_bad_numbers(self, loss: Tensor) -> None:
         terms = ", ".join(f"{name} {value.item():g}" for name, value in self.terms.now.items() if name != "loss")
-        kept = f"; {self.folder.last} holds epoch {self.epoch}" if self.folder and self.folder.last.exists() else ""
-        raise NotFiniteError(
-            f"training stopped: the loss is {loss.item():g} in epoch {self.epoch + 1} at step {self.step}"
-            f"{f' ({terms})' if terms else ''}{kept}"
-        )
+        raise NotFiniteError(self._stopped(f"the loss is {loss.item():g}{f' ({terms})' if terms else ''}"))
+
+    def _stopped(self, why: str) -> str:
+        saved = f"; {self.folder.last} holds epoch {self.epoch}" if self.folder and self.epoch else ""
+        return f"training stopped: {why} in epoch {self.epoch + 1} at step {self.step}{saved}"
 
     def _orthogonality(self) -> dict[str, float]:
         wrapper = self.box.wrapper
         if not isinstance(wrapper, ProjectedStudent):
             return {}
-        return {name: error.item() for name, error in wrapper.orthogonality_errors().items()}
+        try:
+            return {name: error.item() for name, error in wrapper.orthogonality_errors().items()}
+        except ValueError as error:  # the raw weight is beyond repair
+            raise NotFiniteError(self._stopped(str(error))) from error
 
     def _prove_teacher_unchanged(self) -> None:
         before = self.result.teacher_digest

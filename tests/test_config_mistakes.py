@@ -566,3 +566,15 @@ def test_the_errors_are_user_errors() -> None:
     assert isinstance(error, UserError)
     assert str(error) == "a:1: first\na:2: second"
     assert (error.message, error.where) == ("first", "a:1")
+
+
+def test_an_argument_that_is_dropped_is_a_warning_unless_it_is_near_one_that_is_read(tmp_path: Path) -> None:
+    text = (CONFIGS / "distill.yaml").read_text()
+    path = tmp_path / "x.yaml"
+    path.write_text(text.replace("alpha: 0.5", "alpha: 0.5\n              margin: 1.0"))
+    line = path.read_text()[: path.read_text().index("margin")].count("\n") + 1
+    (warning,) = load_experiment(path).warnings
+    at = "train.criterion.kwargs.sub_terms.kd.criterion.kwargs"
+    assert warning == f"{path}:{line}: {at}: 'margin' is not read by KDLoss"
+    path.write_text(text)
+    assert load_experiment(path).warnings == []

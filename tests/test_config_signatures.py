@@ -57,6 +57,13 @@ def passes_on(x: int, **kwargs: Any) -> None:
     plain(x, **kwargs)
 
 
+def drops_or_passes(x: int, strictly: bool, **kwargs: Any) -> None:
+    if strictly:
+        plain(x, **kwargs)
+    else:
+        Drops(**kwargs)
+
+
 @functools.wraps(passes_on)
 def decorated(*args: Any, **kwargs: Any) -> None: ...
 
@@ -95,6 +102,24 @@ def decorated(*args: Any, **kwargs: Any) -> None: ...
 def test_keywords(target: Any, names: set[str], required: set[str], is_open: bool) -> None:
     found = keywords(target)
     assert (set(found.names), found.required, found.open) == (names, required, is_open)
+
+
+@pytest.mark.parametrize(
+    ("target", "drops"),
+    [
+        (Base, False),
+        (Passes, False),
+        (Drops, True),
+        (Looks, True),
+        (CallsOther, False),
+        (passes_on, False),
+        (drops_or_passes, False),
+        (mid_level.VIDLoss, True),
+        (wrapper.EmptyModule, True),
+    ],
+)
+def test_whether_an_unknown_keyword_is_dropped_or_a_type_error(target: Any, drops: bool) -> None:
+    assert keywords(target).drops == drops
 
 
 def test_what_the_caller_gives_is_not_asked_for() -> None:

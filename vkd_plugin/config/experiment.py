@@ -25,11 +25,13 @@ class Experiment:
         path: the file, as the user named it.
         data: what torchdistill's ``yaml_util.load_yaml_file`` gives for it, overrides applied. No two places
             in it hold the same dict or list, except what a tag built.
+        warnings: what is no mistake for sure but has no effect, ``FILE:LINE: message`` each.
     """
 
-    def __init__(self, path: str, root: yaml.MappingNode, data: dict[str, Any]) -> None:
+    def __init__(self, path: str, root: yaml.MappingNode, data: dict[str, Any], warnings: Sequence[str] = ()) -> None:
         self.path = path
         self.data = data
+        self.warnings = list(warnings)
         self._root = root
 
     def where(self, *path: object) -> str:
@@ -81,8 +83,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         ConfigErrors: all that is wrong, as far as it can be told at once, each problem with its line.
     """
     root, found = resolve(path, overrides)
-    check_names(root, found)
-    return Experiment(str(path), root, construct(root))
+    warnings = check_names(root, found)
+    return Experiment(str(path), root, construct(root), warnings)
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> tuple[yaml.MappingNode, list[Found]]:
@@ -111,8 +113,11 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> tuple[yaml.Mappi
     return copied, found
 
 
-def check_names(root: yaml.MappingNode, found: list[Found]) -> None:
+def check_names(root: yaml.MappingNode, found: list[Found]) -> list[str]:
     """Imports the dependencies, then looks up ``found``.
+
+    Returns:
+        Warnings: what is written in the file and read by nothing.
 
     Raises:
         ConfigErrors: a module that cannot be imported, or names that mean nothing.
@@ -122,6 +127,7 @@ def check_names(root: yaml.MappingNode, found: list[Found]) -> None:
     problems.raise_if_any()
     check_references(root, found, problems)
     problems.raise_if_any()
+    return problems.warnings
 
 
 def _parse(overrides: Sequence[str], problems: Problems) -> list[Override]:

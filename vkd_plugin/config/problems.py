@@ -28,15 +28,26 @@ class ConfigErrors(ConfigError):
 
 
 class Problems:
-    """Collects problems; a value that several places share by an anchor is blamed once."""
+    """Collects problems; a value that several places share by an anchor is blamed once.
+
+    Attributes:
+        warnings: what a user should know and the run survives, ``FILE:LINE: message`` each.
+    """
 
     def __init__(self) -> None:
         self._found: dict[tuple[object, ...], ConfigError] = {}
+        self.warnings: list[str] = []
 
     def add(self, message: str, where: str | None, path: KeyPath = ()) -> None:
         """Notes ``message`` about the value at ``path``, said at ``where``."""
         prefix = f"{dotted(path)}: " if path else ""
         self._found.setdefault((where, message, path[-1:]), ConfigError(prefix + message, where))
+
+    def warn(self, message: str, where: str, path: KeyPath) -> None:
+        """Notes ``message`` about the value at ``path`` without refusing the file."""
+        warning = f"{where}: {dotted(path)}: {message}"
+        if warning not in self.warnings:
+            self.warnings.append(warning)
 
     def raise_if_any(self) -> None:
         """Raises ConfigErrors, in the order in which the problems were found."""

@@ -30,7 +30,7 @@ from vkd_plugin.config.signatures import keywords
 from vkd_plugin.config.source import entry_place, place
 from vkd_plugin.config.spec import Section, Text
 from vkd_plugin.config.structure import Found
-from vkd_plugin.suggest import nearest
+from vkd_plugin.suggest import closest, nearest
 
 Registry = Mapping[str, Any]
 
@@ -209,6 +209,10 @@ def _check_arguments(found: Found, target: Callable[..., Any], key: str, kind: K
         if name in kind.supplied:
             problems.add(f"'{name}' may not stand here: {key} is given it already", entry_place(key_node, value), path)
         elif name not in takes.names and not takes.open:
+            if takes.drops and closest(name, takes.names) is None:  # torchdistill's own sample configs do it
+                message = f"'{name}' is not read by {key}"
+                problems.warn(message, entry_place(key_node, value), path)
+                continue
             message = f"{key} takes no argument '{name}'{nearest(name, takes.names)}"
             problems.add(message, entry_place(key_node, value), path)
     for name in takes.names:

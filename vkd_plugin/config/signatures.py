@@ -24,18 +24,20 @@ class Keywords:
         required: those without a default.
         open: whether others may be read too.
         positional: names of the leading parameters that can be given without a keyword.
+        drops: whether others are taken and dropped, where the set is not open; else they are a TypeError.
     """
 
     names: list[str] = field(default_factory=list)
     required: set[str] = field(default_factory=set)
     open: bool = False
     positional: list[str] = field(default_factory=list)
+    drops: bool = False
 
     def without(self, count: int, supplied: frozenset[str]) -> "Keywords":
         """What is left to give after ``count`` positional arguments and those ``supplied`` by name."""
         gone = {*self.positional[:count], *supplied}
         names = [name for name in self.names if name not in gone]
-        return Keywords(names, self.required - gone, self.open, self.positional[count:])
+        return Keywords(names, self.required - gone, self.open, self.positional[count:], self.drops)
 
 
 def keywords(target: Callable[..., Any]) -> Keywords:
@@ -71,7 +73,7 @@ def _declared(parameters: list[inspect.Parameter]) -> Keywords:
 def _joined(found: Keywords, rest: Keywords) -> Keywords:
     """``found``, its ``**kwargs`` resolved to ``rest``."""
     names = [*found.names, *(name for name in rest.names if name not in found.names)]
-    return Keywords(names, found.required | rest.required, rest.open, found.positional)
+    return Keywords(names, found.required | rest.required, rest.open, found.positional, rest.drops)
 
 
 def _from_init(cls: type, start: int) -> Keywords:
@@ -98,6 +100,7 @@ def _from_kwargs(function: Callable[..., Any], cls: type | None, place: int) -> 
         return Keywords(open=True)
     name = tree.args.kwarg.arg
     result = Keywords()
+    drops = True
     understood = 0
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and any(_is_name(k.value, name) and k.arg is None for k in node.keywords):
@@ -105,6 +108,7 @@ def _from_kwargs(function: Callable[..., Any], cls: type | None, place: int) -> 
             rest = _from_callee(node, function, cls, place)
             if rest is None:
                 return Keywords(open=True)
+            drops = drops and rest.drops
             result = _joined(result, rest)
             result.open = result.open or rest.open
         elif (key := _lookup(node, name)) is not None:
@@ -113,6 +117,7 @@ def _from_kwargs(function: Callable[..., Any], cls: type | None, place: int) -> 
             if isinstance(node, ast.Subscript):
                 result.required.add(key)
     uses = sum(1 for node in ast.walk(tree) if _is_name(node, name))
+    result.drops = drops
     return result if uses == understood else Keywords(open=True)
 
 

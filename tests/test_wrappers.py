@@ -262,10 +262,10 @@ def test_inferring_sizes_changes_neither_models_nor_random_state() -> None:
         ({"module": "nrom"}, r"feature 'tokens': the student has no module 'nrom' \(did you mean 'norm'\?\)"),
         ({"io": "outputs"}, r"feature 'tokens': io should be 'input' or 'output', got 'outputs'"),
         ({"readout": "mean_tokens"}, r"feature 'tokens': no readout 'mean_tokens' \(did you mean '\w+'\?\)"),
-        ({"readout": "spatial_mean", "projector": {"out_features": 4}}, r"feature 'tokens': readout 'spatial_mean' reads"),
+        ({"readout": "spatial_mean", "projector": {"out_features": 4}}, r"'tokens': readout 'spatial_mean' reads"),
         ({"projector": {"key": "OrthogonalProjecto", "in_features": 6, "out_features": 9}},
          r"feature 'tokens': .*OrthogonalProjector"),
-        ({"projector": {"orthogonal_map": "cayly", "in_features": 6, "out_features": 9}}, r"feature 'tokens': .*cayley"),
+        ({"projector": {"orthogonal_map": "cayly", "in_features": 6, "out_features": 9}}, r"'tokens': .*cayley"),
         ({"projector": {"in_features": 6}}, r"feature 'tokens': give its projector out_features"),
     ],
 )  # fmt: skip

@@ -69,7 +69,7 @@ def _announced(setup: Callable[..., None]) -> Callable[..., None]:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    return model.module if check_if_wrapped(model) else model
+    return model.get_submodule("module") if check_if_wrapped(model) else model
 
 
 def _found(extract: Callable[..., nn.Module | None]) -> Callable[..., nn.Module]:

@@ -302,7 +302,9 @@ def _teacher_side(name: str, setup: Setup | None) -> Mapping[str, Any]:
     for term in (kwargs.get("sub_terms") or {}).values():
         pair = (term.get("criterion_wrapper") or {}).get("kwargs") or {}
         student_side, teacher_side = pair.get("student"), pair.get("teacher")
-        if isinstance(student_side, Mapping) and student_side.get("module") == f"features.{name}":
+        if not isinstance(student_side, Mapping) or not isinstance(teacher_side, Mapping):
+            continue
+        if student_side.get("module") == f"features.{name}":
             return teacher_side
     raise ValueError(f"{ask} (no FeaturePair in the criterion has 'features.{name}' as its student side)")
 

@@ -10,7 +10,7 @@ The boxes build models, hooks, criterion, optimizer and scheduler from the YAML 
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,26 +24,29 @@ from torchdistill.models.wrapper import AuxiliaryModelWrapper
 from ..errors import UserError
 from .precision import Precision
 
+# What EngineBox is mixed into. torchdistill has no types, so a checker lets all of a box's attributes through.
+if TYPE_CHECKING:
+    _Box: TypeAlias = Any
+else:
+    _Box = object
+
 
 class TermMeter:
-    """The value of each loss term at the present step, and its mean over the epoch.
+    """The value of each loss term, before its weight, at the present step, and its mean over the epoch.
 
     Values are taken by forward hooks on the criterion's terms and stay on the device until they are read.
     """
 
     def __init__(self) -> None:
-        self.weights: dict[str, float] = {}
         self.now: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     def attach(self, criterion: nn.Module) -> None:
         """Watches the terms of a torchdistill criterion (nothing where it has none)."""
-        self.weights.clear()
         if not isinstance(criterion, AbstractLoss):
             return
-        for name, (term, weight) in criterion.term_dict.items():
-            self.weights[name] = weight
+        for name, (term, _) in criterion.term_dict.items():
             term.register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -55,7 +58,7 @@ class TermMeter:
 
     def count(self, loss: Tensor) -> None:
         """Takes the step's total loss and terms into the epoch's sums."""
-        self.now["loss"] = loss.detach().float()
+        self.now = {"loss": loss.detach().float(), **self.now}
         for name, value in self.now.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
@@ -67,7 +70,7 @@ class TermMeter:
         return means
 
 
-class EngineBox:
+class EngineBox(_Box):
     """Mixed into each of torchdistill's boxes; see the module's docstring.
 
     Args:
@@ -90,18 +93,18 @@ class EngineBox:
     @property
     def student(self) -> nn.Module:
         """What trains: student, wrapper and DistributedDataParallel, whichever are there."""
-        return self.student_model if isinstance(self, DistillationBox) else self.model  # type: ignore[attr-defined]
+        return self.student_model if isinstance(self, DistillationBox) else self.model
 
     @property
     def bare_student(self) -> nn.Module:
         """The student alone, under its own names."""
-        return self.org_student_model if isinstance(self, DistillationBox) else self.org_model  # type: ignore[attr-defined]
+        return self.org_student_model if isinstance(self, DistillationBox) else self.org_model
 
     @property
-    def wrapper(self) -> nn.Module | None:
-        """The student's auxiliary wrapper, if it has one."""
+    def wrapper(self) -> Any:
+        """The student's auxiliary wrapper (an ``AuxiliaryModelWrapper``), None if it has none."""
         inner = self.student.module if check_if_wrapped(self.student) else self.student
-        return inner if isinstance(inner, AuxiliaryModelWrapper) else None  # type: ignore[return-value]
+        return inner if isinstance(inner, AuxiliaryModelWrapper) else None
 
     # Set-up, called by torchdistill for each stage.
 
@@ -111,21 +114,23 @@ class EngineBox:
             {"requires_supp": True, **(train_config.get("train_data_loader") or {})},
             train_config.get("val_data_loader") or {},
         ]
-        train, val = self._load(self.dataset_dict, configs, self.distributed, None)  # type: ignore[attr-defined]
-        self.train_data_loader = train if train is not None else self.train_data_loader
-        self.val_data_loader = val if val is not None else self.val_data_loader
+        train, val = self._load(self.dataset_dict, configs, self.distributed, None)
+        if train is not None:
+            self.train_data_loader = train
+        if val is not None:
+            self.val_data_loader = val
 
     def setup_loss(self, train_config: dict[str, Any]) -> None:
         """The criterion, its terms watched, and what it holds on the device (torchdistill leaves it behind)."""
-        super().setup_loss(train_config)  # type: ignore[misc]
+        super().setup_loss(train_config)
         self.terms.attach(self.criterion)
         if isinstance(self.criterion, AbstractLoss):
             for term, _ in self.criterion.term_dict.values():
-                term.to(self.device)  # type: ignore[attr-defined]
+                term.to(self.device)
 
     def setup_pre_post_processes(self, train_config: dict[str, Any]) -> None:
         """Notes a post-forward process of the user's own, which then replaces the engine's."""
-        super().setup_pre_post_processes(train_config)  # type: ignore[misc]
+        super().setup_pre_post_processes(train_config)
         base = DistillationBox if isinstance(self, DistillationBox) else TrainingBox
         own = train_config.get("post_forward_process") is not None
         self._own_post_forward = base.post_forward_process if own else None
@@ -134,14 +139,14 @@ class EngineBox:
 
     def setup(self, train_config: dict[str, Any]) -> None:
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
-        super().setup(train_config)  # type: ignore[misc]
+        super().setup(train_config)
         model = self.student
-        if self.distributed and _needs_ddp(model):  # type: ignore[attr-defined]
+        if self.distributed and _needs_ddp(model):
             frozen = any(not p.requires_grad for p in model.parameters())
             wrapped = DistributedDataParallel(
                 model,
                 device_ids=self.device_ids,
-                find_unused_parameters=frozen,  # type: ignore[attr-defined]
+                find_unused_parameters=frozen,
             )
             if isinstance(self, DistillationBox):
                 self.student_model = wrapped
@@ -152,11 +157,11 @@ class EngineBox:
 
     def forward_process(self, *args: Any, **kwargs: Any) -> Tensor:
         """Teacher, student and criterion under autocast; gradients are averaged once per optimizer step."""
-        last = (self.stage_grad_count + 1) % self.grad_accum_step == 0  # type: ignore[attr-defined]
+        last = (self.stage_grad_count + 1) % self.grad_accum_step == 0
         model = self.student
         averaging = model.no_sync() if not last and isinstance(model, DistributedDataParallel) else nullcontext()
         with averaging, self.precision.autocast():
-            return super().forward_process(*args, **kwargs)  # type: ignore[misc]
+            return super().forward_process(*args, **kwargs)
 
     def post_forward_process(self, loss: Tensor, metrics: Any = None, **kwargs: Any) -> None:
         """Backward, and at the end of an accumulation: unscale, clip, step, scheduler. torchdistill's semantics."""
@@ -165,19 +170,19 @@ class EngineBox:
             self.optimizer_steps += 1
             return
         self.stage_grad_count += 1
-        scaler, optimizer = self.precision.scaler, self.optimizer  # type: ignore[attr-defined]
-        scaler.scale(loss / self.grad_accum_step).backward()  # type: ignore[attr-defined]
-        stepped = self.stage_grad_count % self.grad_accum_step == 0  # type: ignore[attr-defined]
+        scaler, optimizer = self.precision.scaler, self.optimizer
+        scaler.scale(loss / self.grad_accum_step).backward()
+        stepped = self.stage_grad_count % self.grad_accum_step == 0
         if stepped:
-            if self.max_grad_norm is not None:  # type: ignore[attr-defined]
+            if self.max_grad_norm is not None:
                 scaler.unscale_(optimizer)
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)  # type: ignore[attr-defined]
+                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             self.optimizer_steps += 1
-        scheduler, every = self.lr_scheduler, self.scheduling_step  # type: ignore[attr-defined]
+        scheduler, every = self.lr_scheduler, self.scheduling_step
         if scheduler is not None and every > 0 and stepped and self.stage_grad_count % every == 0:
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(metrics)
@@ -190,8 +195,8 @@ class EngineBox:
         """torchdistill's, which does not see an auxiliary wrapper inside DistributedDataParallel."""
         wrapper = self.wrapper
         if wrapper is not None and wrapper is not self.student:
-            wrapper.post_epoch_process()  # type: ignore[operator]
-        super().post_epoch_process(*args, **kwargs)  # type: ignore[misc]
+            wrapper.post_epoch_process()
+        super().post_epoch_process(*args, **kwargs)
 
 
 class _Training(EngineBox, TrainingBox):

@@ -61,6 +61,8 @@ def run(options: Options) -> int:
         path = Path(options.output) if options.output else default_output(options.config)
         folder = RunFolder(path) if processes.is_main else None
         try:
+            for warning in experiment.warnings if processes.is_main else ():
+                logger.warning("%s", warning)
             if options.log_config:
                 logger.info(experiment.dump())
             torch.backends.cudnn.benchmark = not options.disable_cudnn_benchmark
@@ -122,7 +124,7 @@ def _train(
     try:
         return trainer.train()
     finally:
-        trainer.box.clean_modules()  # type: ignore[attr-defined]
+        trainer.box.clean_modules()
 
 
 def _test(

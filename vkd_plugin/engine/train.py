@@ -107,7 +107,7 @@ class Trainer:
     def train(self) -> Result:
         """All epochs that are left, then the proof that a frozen teacher has not moved."""
         box = self.box
-        box_epochs: int = box.num_epochs  # type: ignore[attr-defined]
+        box_epochs: int = box.num_epochs
         writer = SummaryWriter(self.folder.path) if self.folder else None
         try:
             while self.epoch < box_epochs:
@@ -132,7 +132,7 @@ class Trainer:
         loader = box.train_data_loader
         if loader is None:
             raise self.experiment.error("train_data_loader names no dataset", "train")
-        box.pre_epoch_process(epoch=self.epoch)  # type: ignore[attr-defined]
+        box.pre_epoch_process(epoch=self.epoch)
         set_epoch(loader, self.epoch)
         log_every = int(self.config.get("log_freq") or 100)
         progress = EpochProgress(self.epoch, epochs, len(loader), self.processes.is_main)
@@ -161,7 +161,7 @@ class Trainer:
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": box.optimizer.param_groups[0]["lr"],  # type: ignore[attr-defined]
+            "lr": box.optimizer.param_groups[0]["lr"],
         }
         means = self._mean_over_processes(self.terms.epoch_means())
         record |= {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
@@ -186,19 +186,21 @@ class Trainer:
         with blame(self.experiment, "train"):
             self.box.post_epoch_process(metrics=record.get("val/" + self.task.metric, record["loss"]))
         if getattr(self.box, "stage_number", None) != stage:
-            logger.info("stage %s", self.box.stage_number)  # type: ignore[attr-defined]
+            logger.info("stage %s", self.box.stage_number)
 
     def _validate(self) -> dict[str, float]:
         loader = self.box.val_data_loader
         if loader is None:
             return {}
-        metrics = {}
-        for prefix, model in (("val", self.box.bare_student), ("val_ema", self.ema and self.ema.model)):
-            if model is not None:
-                self._share_buffers(model)
-                with self.precision.autocast():
-                    found = self.task.evaluate(model, loader, self.processes.device)
-                metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
+        models = {"val": self.box.bare_student}
+        if self.ema is not None:
+            models["val_ema"] = self.ema.model
+        metrics: dict[str, float] = {}
+        for prefix, model in models.items():
+            self._share_buffers(model)
+            with self.precision.autocast():
+                found = self.task.evaluate(model, loader, self.processes.device)
+            metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
         return metrics
 
     def _share_buffers(self, model: nn.Module) -> None:
@@ -221,17 +223,17 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`resume` needs, tensors and plain values alone."""
         box = self.box
-        scheduler = box.lr_scheduler  # type: ignore[attr-defined]
+        scheduler = box.lr_scheduler
         return {
             "model": box.bare_student.state_dict(),
             "projectors": projectors_state(box.wrapper, box.bare_student),
             "ema": self.ema.averaged.state_dict() if self.ema else None,
-            "optimizer": box.optimizer.state_dict(),  # type: ignore[attr-defined]
+            "optimizer": box.optimizer.state_dict(),
             "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "stage_grad_count": box.stage_grad_count,  # type: ignore[attr-defined]
+            "stage_grad_count": box.stage_grad_count,
             "best": self.result.best,
             "best_value": _score(self.result.best, self.task.metric) if self.result.best else 0.0,
             "seed": self.seed,
@@ -258,13 +260,13 @@ class Trainer:
         state = read_run_checkpoint(path)
         box = self.box
         try:
-            while getattr(box, "stage_end_epoch", math.inf) <= state["epoch"] < box.num_epochs:  # type: ignore[attr-defined]
-                box.advance_to_next_stage()  # type: ignore[attr-defined]
+            while getattr(box, "stage_end_epoch", math.inf) <= state["epoch"] < box.num_epochs:
+                box.advance_to_next_stage()
             box.bare_student.load_state_dict(state["model"])
             load_projectors(box.wrapper, state["projectors"])
-            box.optimizer.load_state_dict(state["optimizer"])  # type: ignore[attr-defined]
-            if box.lr_scheduler is not None:  # type: ignore[attr-defined]
-                box.lr_scheduler.load_state_dict(state["lr_scheduler"])  # type: ignore[attr-defined]
+            box.optimizer.load_state_dict(state["optimizer"])
+            if box.lr_scheduler is not None:
+                box.lr_scheduler.load_state_dict(state["lr_scheduler"])
             self.precision.scaler.load_state_dict(state["scaler"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.averaged.load_state_dict(state["ema"])
@@ -273,7 +275,7 @@ class Trainer:
             raise UserError(f"{path}: does not fit this experiment: {text}") from error
         if hasattr(box, "current_epoch"):
             box.current_epoch = state["epoch"]
-        box.stage_grad_count = state["stage_grad_count"]  # type: ignore[attr-defined]
+        box.stage_grad_count = state["stage_grad_count"]
         self.epoch, self.step = state["epoch"], state["step"]
         self.result.best = state["best"]
         self.result.steps = self.step
@@ -339,7 +341,7 @@ class Trainer:
         if self.config.get("channels_last"):
             for model in models:
                 if model is not None:
-                    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    model.to(memory_format=torch.channels_last)
 
     def _channels_last(self, samples: Any) -> Any:
         if self.config.get("channels_last") and isinstance(samples, Tensor) and samples.dim() == 4:
@@ -351,7 +353,7 @@ class Trainer:
         if chosen.get("student"):
             self.box.student.compile()
         if chosen.get("teacher") and self.teacher is not None:
-            self.box.teacher_model.compile()  # type: ignore[attr-defined]
+            self.box.teacher_model.compile()
 
     def _count_parameters(self) -> dict[str, int]:
         student = self.box.bare_student
@@ -374,7 +376,7 @@ def _score(record: dict[str, Any], metric: str) -> float:
 def seed_everything(seed: int) -> None:
     """Python, numpy and torch: for building models and for whatever is not addressed."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - transforms draw from the global generator
     torch.manual_seed(seed)
 
 

@@ -25,7 +25,8 @@ def timm_model(name: str, pretrained: bool = False, checkpoint: str | None = Non
         name: with the tag of its weights where there are several: the untagged ``regnety_160`` is not the
             teacher of DeiT, which is ``regnety_160.deit_in1k``.
         pretrained: download timm's weights, or take them from its cache.
-        checkpoint: a local file instead, see :func:`vkd_plugin.models.weights.load_weights`; all its names and shapes must fit.
+        checkpoint: a local file instead, see :func:`vkd_plugin.models.weights.load_weights`; all its names and
+            shapes must fit.
         kwargs: for the model (``num_classes``, ``img_size``, ``drop_path_rate``, ...).
 
     Raises:

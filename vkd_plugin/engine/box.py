@@ -52,22 +52,27 @@ class TermMeter:
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, value: Any) -> None:
             if isinstance(value, Tensor):
-                self.now[name] = value.detach().float()
+                self.now[name] = _scalar(value)
 
         return hook
 
     def count(self, loss: Tensor) -> None:
         """Takes the step's total loss and terms into the epoch's sums."""
-        self.now = {"loss": loss.detach().float(), **self.now}
+        self.now = {"loss": _scalar(loss)} | {name: value for name, value in self.now.items() if name != "loss"}
         for name, value in self.now.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._count += 1
 
     def epoch_means(self) -> dict[str, Tensor]:
         """Mean over the steps counted since the last call, ``loss`` and each term by name, as device scalars."""
-        means = {name: value / max(self._count, 1) for name, value in self._sums.items()}
+        means = {name: self._sums[name] / self._count for name in sorted(self._sums, key="loss".__ne__)}
         self._sums, self.now, self._count = {}, {}, 0
         return means
+
+
+def _scalar(value: Tensor) -> Tensor:
+    """``value`` without gradient; some losses are of shape (1,), torchdistill's CRDLoss for one."""
+    return value.detach().float().mean()
 
 
 class EngineBox(_Box):

@@ -71,9 +71,7 @@ def test_pretrained_without_a_network_says_what_to_do(monkeypatch):
         raise OSError("Name or service not known\nmore")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(
-        UserError, match=r"^timm_model test_vit: .* not known \(without a network.*checkpoint\)$"
-    ):
+    with pytest.raises(UserError, match=r"^timm_model test_vit: .* not known \(without a network.*checkpoint\)$"):
         timm_model("test_vit", pretrained=True)
 
 

@@ -226,13 +226,8 @@ def test_ranks_share_out_the_order(n, world_size, shuffle, epoch):
 
 def test_a_step_takes_the_same_samples_whatever_the_number_of_ranks():
     def steps(world_size):
-        ranks = [
-            epoch_of(make(rank=r, world_size=world_size, batch_size=8 // world_size))
-            for r in range(world_size)
-        ]
-        return [
-            sorted(chain.from_iterable(labels for _, labels in step)) for step in zip(*ranks, strict=True)
-        ]
+        ranks = [epoch_of(make(rank=r, world_size=world_size, batch_size=8 // world_size)) for r in range(world_size)]
+        return [sorted(chain.from_iterable(labels for _, labels in step)) for step in zip(*ranks, strict=True)]
 
     assert steps(1)[:2] == steps(2)[:2] == steps(4)[:2]
 

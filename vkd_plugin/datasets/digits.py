@@ -64,9 +64,7 @@ class Digits(Dataset):
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
         if split == "test" and fraction != 1:
-            raise ValueError(
-                "fraction is for the train split; results on a part of the test split do not compare"
-            )
+            raise ValueError("fraction is for the train split; results on a part of the test split do not compare")
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

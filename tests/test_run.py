@@ -20,7 +20,10 @@ from vkd_plugin.models.weights import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 VKD = "configs/digits/vkd/vit_from_cnn.yaml"
-SHORT = ("--set", "train.num_epochs=2", "--set", "datasets.digits/train.init.kwargs.fraction=0.2")
+SHORT = (
+    "--set", "train.num_epochs=2", "--set", "datasets.digits/train.init.kwargs.fraction=0.3",
+    "--set", "train.train_data_loader.kwargs.batch_size=32", "--set", "train.optimizer.kwargs.lr=3.0e-3",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,3 @@
-# NOTE TO THE AUTHOR OF THIS FILE: a stray "git checkout" at 12:13 UTC reverted your uncommitted edits (12:04-12:13).
-# Please re-apply them (your context has them), delete this note, and commit. Sorry.
 """Maps from an unconstrained matrix to one with orthonormal columns, a point of the Stiefel manifold.
 
 VkD (Miles, Elezi, Deng, CVPR 2024, arXiv 2403.06213) projects the student's features with a matrix P that
@@ -31,12 +29,11 @@ from torch.autograd.function import once_differentiable
 
 from .suggest import nearest
 
-# Up to this norm of the generator float32 is enough: its Gram matrix costs eps * norm^2 of orthonormality.
-_FLOAT32_NORM = 4.0
+# Up to this bound of the generator's norm float32 is enough: its Gram matrix costs eps * norm^2 of orthonormality
+# (and the bound is above the norm by half or more where it matters).
+_FLOAT32_NORM = 8.0
 # Up to this norm the exponential's series is summed without scaling; cancellation costs eps * exp(norm).
 _UNSCALED_NORM = 4.0
-# With scaling the norm is at most 1, and 1/19! is below eps of float64.
-_SCALED_DEGREE = 18
 # The largest norm is 2 to this power, since without a look at the data the number of squarings is fixed. A
 # 3024 x 192 weight with entries of 1e2 has 7e3.
 _MAX_SQUARINGS = 16
@@ -49,8 +46,8 @@ _FULL_RANK_PIVOT = 1e-3
 # Scaled Newton reaches the polar factor of a matrix of condition 1e8 in 8 steps; the ninth serves the gradient.
 _NEWTON_STEPS = 9
 
-# From S, G and a bound of the generator's norm to C1, C2: see "Maps through a generator".
-_Core = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# From S, G (None for square weights) and a bound of the generator's norm to C1, C2: see "Maps through a generator".
+_Core = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
 
 
 def orthogonalize(weight: Tensor, orthogonal_map: str = "matrix_exp", *, base: Tensor | None = None) -> Tensor:
@@ -117,7 +114,7 @@ def orthogonalize(weight: Tensor, orthogonal_map: str = "matrix_exp", *, base: T
 #
 # With L = [L1; L2] split at row k, S = L1 - L1^T and G = L2^T L2, the generator A = L E^T - E L^T acts on the
 # span of E and [0; L2] as N = [[S, -G], [I, 0]]. Hence f(A) E = [C1; L2 C2] with [C1; C2] = f(N) [I; 0] for every
-# function f. The reflectors' product has the same form.
+# function f. The reflectors' product has the same form. A square weight has no L2, and f(A) = f(S).
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -137,15 +134,19 @@ def _householder(weight: Tensor) -> Tensor:
 
 
 def _from_generator(weight: Tensor, base: Tensor | None, core: _Core, name: str) -> Tensor:
-    if base is None:
-        top, g = _Split.apply(weight)
-        lower = top.tril(-1)
-    else:  # base plays the part of E, base^T W that of L1 and what is left of W that of L2
+    n, k = weight.shape
+    g = None
+    if base is not None:  # base plays the part of E, base^T W that of L1 and what is left of W that of L2
         top = lower = base.mT @ weight
-        rest = weight - base @ top
-        g = _Gram.apply(rest)
+        if n > k:
+            rest = weight - base @ top
+            g = _Gram.apply(rest)
+    else:
+        top, g = _Split.apply(weight) if n > k else (weight, None)
+        lower = top.tril(-1)
     s = lower - lower.mT
-    norm = _generator_norm(s.detach(), g.detach())
+    with torch.no_grad():
+        norm = _generator_norm(s, g)
     if weight.dtype != torch.float64 and not (_may_look(norm) and float(norm) <= _FLOAT32_NORM):
         base = None if base is None else base.double()
         return _from_generator(weight.double(), base, core, name).to(weight.dtype)
@@ -154,7 +155,10 @@ def _from_generator(weight: Tensor, base: Tensor | None, core: _Core, name: str)
         f"orthogonal_map '{name}': the weight is not finite, or the norm of its generator is above 2^{_MAX_SQUARINGS}",
     )
     c1, c2 = core(s, g, norm)
-    p = _Join.apply(weight, c1, c2) if base is None else base @ c1 + rest @ c2
+    if base is not None:
+        p = base @ c1 + rest @ c2 if n > k else base @ c1
+    else:
+        p = _Join.apply(weight, c1, c2) if n > k else c1
     if p.dtype == torch.float64:
         # For large norms even float64 leaves eps * norm^2 in P^T P - I. A step P (3 I - P^T P) / 2 squares that;
         # it moves P by a rounding error, hence carries no gradient.
@@ -164,46 +168,66 @@ def _from_generator(weight: Tensor, base: Tensor | None, core: _Core, name: str)
     return p
 
 
-def _exp_core(s: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(N) [I; 0]: its Taylor series, for large norms scaling and squaring of the 2k x 2k exp(N)."""
-    k = s.shape[0]
-    needed = norm.log2().ceil().clamp(min=0)
-    if not _may_look(norm):
-        squarings, h = _MAX_SQUARINGS, torch.exp2(-needed)
-    elif float(norm) <= _UNSCALED_NORM:
-        return _Series.apply(s, g, _degree(float(norm), torch.finfo(s.dtype).eps), False)
+def _exp_core(s: Tensor, g: Tensor | None, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(N) [I; 0]: by its Taylor series while the norm is small, by scaling and squaring of exp(N) otherwise."""
+    if g is not None and _may_look(norm) and float(norm) <= _UNSCALED_NORM:
+        return _ExpSeries.apply(s, g, _degree(float(norm), torch.finfo(s.dtype).eps))
+    k, dtype = s.shape[0], s.dtype
+    s = s.double()
+    needed = norm.double().log2().ceil().clamp(min=0)
+    h = torch.exp2(-needed)
+    if g is None:
+        x = _exp_scaled(h * s)
     else:
-        squarings, h = int(needed), torch.exp2(-needed)
-    # h N is similar to [[h S, -h^2 G], [I, 0]] through diag(I, h I), which also balances the blocks.
-    x = torch.cat(_Series.apply(h * s, h * h * g, _SCALED_DEGREE, True))
-    for i in range(squarings):
-        x = x @ x if _may_look(norm) else torch.where(needed > i, x @ x, x)
-    return x[:k, :k], h * x[k:, :k]
+        # h N is similar to [[h S, -h^2 G], [I, 0]] through diag(I, h I), which balances its blocks.
+        eye = _eye_like(s)
+        x = _exp_scaled(torch.cat([torch.cat([h * s, -h * h * g], 1), torch.cat([eye, torch.zeros_like(eye)], 1)]))
+    if _may_look(norm):
+        for _ in range(int(needed)):
+            x = x @ x
+    else:
+        for i in range(_MAX_SQUARINGS):
+            x = torch.where(needed > i, x @ x, x)
+    return x[:k, :k].to(dtype), (h * x[k:, :k]).to(dtype)
 
 
-def _cayley_core(s: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+def _exp_scaled(a: Tensor) -> Tensor:
+    """exp(A) for a norm of at most 1: the Taylor polynomial of degree 19 from 7 products (Paterson, Stockmeyer)."""
+    a2 = a @ a
+    powers = (_eye_like(a), a, a2, a2 @ a)
+    a4 = a2 @ a2
+    result = torch.zeros_like(a)
+    for i in range(16, -1, -4):
+        block = sum((power / math.factorial(i + j) for j, power in enumerate(powers)), torch.zeros_like(a))
+        result = block if i == 16 else result @ a4 + block
+    return result
+
+
+def _cayley_core(s: Tensor, g: Tensor | None, norm: Tensor) -> tuple[Tensor, Tensor]:
     """(I + N/2) (I - N/2)^-1 [I; 0]: elimination leaves C2 = (I - S/2 + G/4)^-1 and C1 = 2 C2 - I.
 
     The symmetric part of the inverted matrix is at least I, so it is never singular.
     """
     eye = _eye_like(s)
-    c2 = torch.linalg.inv_ex(eye - s / 2 + g / 4).inverse
+    c2 = torch.linalg.inv_ex(eye - s / 2 if g is None else eye - s / 2 + g / 4).inverse
     return 2 * c2 - eye, c2
 
 
-def _householder_core(signs: Tensor, s: Tensor, g: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+def _householder_core(signs: Tensor, s: Tensor, g: Tensor | None, norm: Tensor) -> tuple[Tensor, Tensor]:
     """(I - V T V^T) E D, V = E + L: T^-1 is the upper triangle of V^T V with half its diagonal."""
     # In float64, since T grows where the columns of V are nearly parallel; at k x k that costs next to nothing.
     v1 = (_eye_like(s) + s.tril(-1)).double()
-    vv = v1.mT @ v1 + g
+    vv = v1.mT @ v1 if g is None else v1.mT @ v1 + g
     t_inverse = vv.triu(1) + torch.diag(vv.diagonal() / 2)
     d = signs.to(v1.dtype)
     c2 = torch.linalg.solve_triangular(t_inverse, v1.mT * -d, upper=True)
     return (torch.diag(d) + v1 @ c2).to(s.dtype), c2.to(s.dtype)
 
 
-def _generator_norm(s: Tensor, g: Tensor) -> Tensor:
+def _generator_norm(s: Tensor, g: Tensor | None) -> Tensor:
     """An upper bound of the norm of A, that is of [[S, -R^T], [R, 0]] with R^T R = G."""
+    if g is None:
+        return _norm_bound(s)
     half = _norm_bound(s) / 2
     return half + (half.square() + _norm_bound(g)).sqrt()
 
@@ -222,52 +246,45 @@ def _degree(norm: float, eps: float) -> int:
     return degree
 
 
-class _Series(Function):
-    """The Taylor series of exp(N), its first block column or (``full``) the whole, as its two block rows.
+class _ExpSeries(Function):
+    """The Taylor polynomial of exp(N) [I; 0], by its two block rows.
 
     The lower row of N^j is the upper row of N^(j-1), so one sequence is enough: with c_j the upper row of
-    N^j / j!, c_j = S c_(j-1) / j - G c_(j-2) / (j (j-1)), and the lower row of exp(N) is sum c_j / (j+1). The
-    backward runs the transposed recurrence: autograd's products, without its many small additions.
+    N^j [I; 0] / j!, c_j = S c_(j-1) / j - G c_(j-2) / (j (j-1)), and the lower row of the sum is sum c_j / (j+1).
+    The backward runs the transposed recurrence: autograd's products, without its many small additions.
     """
 
     @staticmethod
-    def forward(ctx: Any, s: Tensor, g: Tensor, degree: int, full: bool) -> tuple[Tensor, Tensor]:
-        eye, zero = _eye_like(s), torch.zeros_like(s)
-        terms = [torch.cat([eye, zero], dim=1), torch.cat([s, -g], dim=1)] if full else [eye, s]
-        upper = terms[0] + terms[1]
-        lower = torch.add(terms[0], terms[1], alpha=1 / 2)
-        if full:
-            lower = lower + torch.cat([zero, eye], dim=1)
+    def forward(ctx: Any, s: Tensor, g: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+        terms = [_eye_like(s), s]
+        upper = terms[0] + s
+        lower = torch.add(terms[0], s, alpha=1 / 2)
         for j in range(2, degree + 1):
             term = torch.addmm(s @ terms[-1], g, terms[-2], beta=1 / j, alpha=-1 / (j * (j - 1)))
-            upper = upper + term
-            lower = torch.add(lower, term, alpha=1 / (j + 1))
+            upper += term
+            lower.add_(term, alpha=1 / (j + 1))
             terms.append(term)
-        ctx.save_for_backward(s, g, *terms)
+        ctx.save_for_backward(s, g, *terms[2:])
         return upper, lower
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_upper: Tensor, grad_lower: Tensor) -> tuple[Tensor | None, ...]:
-        s, g, *terms = ctx.saved_tensors
-        k, degree = s.shape[0], len(terms) - 1
+    def backward(ctx: Any, grad_upper: Tensor, grad_lower: Tensor) -> tuple[Tensor, Tensor, None]:
+        s, g, *later_terms = ctx.saved_tensors
+        terms = [_eye_like(s), s, *later_terms]
         grad_s, grad_g = torch.zeros_like(s), torch.zeros_like(g)
-        later: list[Tensor] = []  # the gradients of c_degree, ..., c_(j+1)
-        for j in range(degree, 0, -1):
+        grads: list[Tensor] = []  # of c_degree, ..., c_(j+1)
+        for j in range(len(terms) - 1, 0, -1):
             grad = torch.add(grad_upper, grad_lower, alpha=1 / (j + 1))
-            if len(later) >= 1:
-                grad = torch.addmm(grad, s.mT, later[-1], alpha=1 / (j + 1))
-            if len(later) >= 2:
-                grad = torch.addmm(grad, g.mT, later[-2], alpha=-1 / ((j + 1) * (j + 2)))
-            later.append(grad)
+            if len(grads) >= 1:
+                grad.addmm_(s.mT, grads[-1], alpha=1 / (j + 1))
+            if len(grads) >= 2:
+                grad.addmm_(g.mT, grads[-2], alpha=-1 / ((j + 1) * (j + 2)))
+            grads.append(grad)
             if j > 1:
-                grad_s = torch.addmm(grad_s, grad, terms[j - 1].mT, alpha=1 / j)
-                grad_g = torch.addmm(grad_g, grad, terms[j - 2].mT, alpha=-1 / (j * (j - 1)))
-        # c_1 = [S, -G] where the series is full, S where not.
-        grad_s = grad_s + grad[:, :k]
-        if grad.shape[1] > k:
-            grad_g = grad_g - grad[:, k:]
-        return grad_s, grad_g, None, None
+                grad_s.addmm_(grad, terms[j - 1].mT, alpha=1 / j)
+                grad_g.addmm_(grad, terms[j - 2].mT, alpha=-1 / (j * (j - 1)))
+        return grad_s + grads[-1], grad_g, None
 
 
 class _Split(Function):

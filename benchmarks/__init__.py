@@ -1,0 +1,1 @@
+"""Scripts that measure ratios and write JSON; the last figures stand in RESULTS.md."""

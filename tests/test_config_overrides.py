@@ -76,11 +76,11 @@ def test_an_alias_changes_alone() -> None:
 def test_a_private_key_changes_all_aliases() -> None:
     data = load("distill", "models.student_model._experiment=mine").data
     assert data["models"]["student_model"]["dst_ckpt"] == "./absent/mine.pt"
-    train = load("engine", "_lr=0.5", "_loader.kwargs.batch_size=2", "_speed.skip_nonfinite=9").data["train"]
+    train = load("engine", "_lr=0.5", "_loader.kwargs.batch_size=2", "_speed.channels_last=true").data["train"]
     assert train["optimizer"]["kwargs"]["lr"] == 0.5
     assert train["train_data_loader"]["kwargs"]["batch_size"] == 2
     assert train["val_data_loader"]["kwargs"]["batch_size"] == 2
-    assert train["skip_nonfinite"] == 3  # the file's own key wins over the merged one
+    assert train["channels_last"] is False  # the file's own key wins over the merged one
     assert load("engine", "_speed.log_freq=9").data["train"]["log_freq"] == 9
 
 

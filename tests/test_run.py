@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 import vkd_plugin
 from vkd_plugin.cli import main
+from vkd_plugin.engine.box import EngineBox
 from vkd_plugin.models import digits_vit
 from vkd_plugin.models.weights import read_checkpoint
 
@@ -96,16 +98,46 @@ def test_one_seed_gives_identical_figures_whatever_the_number_of_workers(tmp_pat
     assert first != other
 
 
-def test_resuming_at_the_end_of_an_epoch_repeats_the_uninterrupted_run(tmp_path: Path) -> None:
-    whole = _run(VKD, tmp_path / "whole")
-    part = tmp_path / "part"
-    _run(VKD, part, "--set", "train.num_epochs=1", "--set", "train.scheduler.kwargs.T_max=2")
-    assert len(_metrics(part)) == 1
-    _run(VKD, part, "--resume")
-    # T_max follows num_epochs through an anchor in the file, not through --set
-    reference = _run(VKD, tmp_path / "reference", "--set", "train.scheduler.kwargs.T_max=60")
-    assert whole == reference
-    assert [r["epoch"] for r in _metrics(part)] == [1, 2]
+@pytest.mark.parametrize("after", [7, 13])
+def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], after: int
+) -> None:
+    """Stopped within the first epoch of twelve steps, or the second; figures and weights are equal to the last bit."""
+    more = ["--set", "train.ema={decay: 0.9}", "--set", "train.train_data_loader.kwargs.num_workers=1"]
+    whole = _run(VKD, tmp_path / "whole", *more)
+    steps = 0
+    step = EngineBox.post_forward_process
+
+    def counted(self: EngineBox, *args: Any, **kwargs: Any) -> None:
+        nonlocal steps
+        step(self, *args, **kwargs)
+        steps += 1
+        if steps == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(EngineBox, "post_forward_process", counted)
+    _run(VKD, tmp_path / "part", *more, expect=75)
+    assert f"stopped at step {after}, all saved" in capfd.readouterr().err
+    assert len(_metrics(tmp_path / "part")) == after // 12
+    _run(VKD, tmp_path / "part", *more, "--resume", "auto")
+    assert steps == 24
+    assert _metrics(tmp_path / "part") == whole
+    for name in ("last.pt", "best.pt"):
+        one, two = (read_checkpoint(tmp_path / run / "checkpoints" / name) for run in ("whole", "part"))
+        for part in ("model", "projectors", "ema"):
+            assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
+
+
+def test_checkpoints_every_so_many_steps_and_epochs(tmp_path: Path) -> None:
+    _run(VKD, tmp_path / "run", "--set", "train.checkpoint={every_steps: 5, keep: 1}", "--set", "train.num_epochs=1")
+    folder = tmp_path / "run" / "checkpoints"
+    assert {p.name for p in folder.iterdir()} == {"last.pt", "best.pt", "epoch1.pt"}
+    assert read_checkpoint(folder / "epoch1.pt")["step"] == 12
+
+
+def test_resuming_a_finished_run_trains_nothing_more(tmp_path: Path) -> None:
+    first = _run(VKD, tmp_path / "run")
+    assert _run(VKD, tmp_path / "run", "--resume") == first
 
 
 def test_an_earlier_run_in_the_folder_is_moved_aside(tmp_path: Path) -> None:
@@ -141,6 +173,15 @@ def test_ema_accumulation_and_clipping(tmp_path: Path) -> None:
     )  # fmt: skip
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["val_ema/top1"] >= 0
+
+
+@pytest.mark.slow
+def test_compiled_models_train_like_eager_ones(tmp_path: Path) -> None:
+    eager = _run(VKD, tmp_path / "eager")
+    compiled = _run(VKD, tmp_path / "compiled", "--set", "train.compile={student: true, teacher: true}")
+    for one, two in zip(eager, compiled, strict=True):
+        assert math.isclose(one["loss"], two["loss"], rel_tol=1e-3)
+    assert compiled[-1]["orthogonality_error/tokens"] < 1e-5
 
 
 @pytest.mark.parametrize("method", ["kd", "linear", "mlp"])
@@ -324,3 +365,22 @@ def test_shipped_configs_load_with_torchdistills_own_loader() -> None:
             config = load_yaml_file(str(file))
             assert {"datasets", "models", "train", "test"} <= config.keys(), file
     assert shutil.which(sys.executable)
+
+
+def test_a_projector_that_is_not_orthonormal_stops_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vkd_plugin.OrthogonalProjector, "orthogonality_error", lambda self: torch.tensor(2e-3))
+    _run(VKD, tmp_path / "run", expect=3)
+    expected = "the projector of feature 'tokens' is not orthonormal, max |W^T W - I| is 2.0e-03 (limit 1e-03)"
+    assert expected in capfd.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["null", "{dtype: bfloat16}", "{dtype: float16}"])
+def test_on_a_gpu(tmp_path: Path, amp: str) -> None:
+    arguments = ["--config", VKD, *SHORT, "--output", str(tmp_path / "run"), "--device", "cuda", *_dst(tmp_path / "run")]
+    assert main([*arguments, "--set", f"train.amp={amp}", "--set", "train.channels_last=true"]) == 0
+    records = _metrics(tmp_path / "run")
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["orthogonality_error/tokens"] < 1e-5

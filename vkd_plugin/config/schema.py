@@ -201,12 +201,10 @@ ENGINE: dict[str, Spec] = {
     "compile": Section({"student": COMPILE, "teacher": COMPILE}, nullable=True),
     "channels_last": Flag(),
     "checkpoint": Section({"every_steps": COUNT, "keep": COUNT}, nullable=True),
-    "skip_nonfinite": AMOUNT,
-    "metric": Text(nullable=True),
 }
 """What the engine of this package reads under ``train``; torchdistill does not."""
 
-TEST = Section({"test_data_loader": LOADER, "log_freq": COUNT, "metric": Text(nullable=True)}, ("test_data_loader",))
+TEST = Section({"test_data_loader": LOADER, "log_freq": COUNT}, ("test_data_loader",))
 
 
 def stage(has_teacher: bool, first: bool) -> Section:

@@ -8,7 +8,7 @@ The boxes build models, hooks, criterion, optimizer and scheduler from the YAML 
 * the optimizer step knows gradient scaling, and leaves out gradient averaging between accumulated batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -69,6 +69,14 @@ class TermMeter:
         self._sums, self.now, self._count = {}, {}, 0
         return means
 
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load_state` takes, to go on within an epoch."""
+        return {"sums": dict(self._sums), "count": self._count}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on with the sums of :meth:`state`."""
+        self._sums, self._count = dict(state["sums"]), state["count"]
+
 
 def _scalar(value: Tensor) -> Tensor:
     """``value`` without gradient; some losses are of shape (1,), torchdistill's CRDLoss for one."""
@@ -82,13 +90,22 @@ class EngineBox(_Box):
         load: builds data loaders, called like ``torchdistill.datasets.util.build_data_loaders``.
         precision: autocast and gradient scaler.
         terms: sees the loss terms.
+        compile_modes: ``student`` and ``teacher``: True, or a mode of ``torch.compile``, compiles that side.
         args: arguments of torchdistill's box.
     """
 
-    def __init__(self, load: Callable[..., list[Any]], precision: Precision, terms: TermMeter, *args: Any) -> None:
+    def __init__(
+        self,
+        load: Callable[..., list[Any]],
+        precision: Precision,
+        terms: TermMeter,
+        compile_modes: Mapping[str, bool | str | None],
+        *args: Any,
+    ) -> None:
         self._load = load
         self.precision = precision
         self.terms = terms
+        self.compile_modes = compile_modes
         self.optimizer_steps = 0
         self._own_post_forward: Callable[..., None] | None = None
         super().__init__(*args)
@@ -157,6 +174,9 @@ class EngineBox(_Box):
                 self.student_model = wrapped
             else:
                 self.model = wrapped
+        _compile(self.student, self.compile_modes.get("student"))
+        if isinstance(self, DistillationBox):
+            _compile(self.teacher_model, self.compile_modes.get("teacher"))
 
     # A step.
 
@@ -224,6 +244,7 @@ def build_box(
     load: Callable[..., list[Any]],
     precision: Precision,
     terms: TermMeter,
+    compile_modes: Mapping[str, bool | str | None],
     teacher: nn.Module | None,
     student: nn.Module,
     *args: Any,
@@ -231,15 +252,20 @@ def build_box(
     """The box for a configuration: with or without teacher, one stage or several.
 
     Args:
-        load, precision, terms: see :class:`EngineBox`.
+        load, precision, terms, compile_modes: see :class:`EngineBox`.
         teacher: None trains the student alone.
         student: the bare student.
         args: ``dataset_dict, train_config, device, device_ids, distributed, lr_factor`` as torchdistill takes them.
     """
     staged = "stage1" in args[1]
     if teacher is None:
-        return (_StagedTraining if staged else _Training)(load, precision, terms, student, *args)
-    return (_StagedDistillation if staged else _Distillation)(load, precision, terms, teacher, student, *args)
+        return (_StagedTraining if staged else _Training)(load, precision, terms, compile_modes, student, *args)
+    return (_StagedDistillation if staged else _Distillation)(load, precision, terms, compile_modes, teacher, student, *args)
+
+
+def _compile(model: nn.Module, mode: bool | str | None) -> None:
+    if mode:
+        model.compile(mode=mode if isinstance(mode, str) else None)
 
 
 def _needs_ddp(model: nn.Module) -> bool:

@@ -73,7 +73,7 @@ def read_run_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     state = read_checkpoint(path)
-    missing = {"model", "projectors", "optimizer", "epoch", "step"} - state.keys()
+    missing = {"model", "projectors", "optimizer", "epoch", "batch", "step", "terms"} - state.keys()
     if missing:
         raise UserError(f"{path}: not a checkpoint to resume from: it holds no {', '.join(sorted(missing))}")
     return state

@@ -28,6 +28,7 @@ from .processes import Processes
 from .progress import EpochProgress, epoch_line
 from .randomness import address
 from .records import RunFolder
+from .signals import StoppedError, StopRequest
 
 logger = logging.getLogger("vkd_plugin")
 
@@ -84,6 +85,7 @@ class Trainer:
                 loader_factory(seed, processes.rank, processes.world_size),
                 self.precision,
                 self.terms,
+                self.config.get("compile") or {},
                 teacher,
                 student,
                 experiment.data["datasets"],
@@ -93,11 +95,15 @@ class Trainer:
                 processes.distributed,
                 lr_factor,
             )
-        self._compile()
         decay = (self.config.get("ema") or {}).get("decay")
         self.ema = StudentEMA(student, decay) if decay is not None else None
-        self.epoch = 0
-        self.step = 0
+        self.epoch = 0  # epochs done
+        self.batch = 0  # batches done of the present epoch
+        self.step = 0  # batches done in all
+        self.stop = StopRequest()
+        checkpoint = self.config.get("checkpoint") or {}
+        self.save_every_steps: int | None = checkpoint.get("every_steps")
+        self.keep_every_epochs: int | None = checkpoint.get("keep")
         self.result = Result(parameters=self._count_parameters())
         if teacher is not None and not any(p.requires_grad for p in teacher.parameters()):
             self.result.teacher_digest = state_digest(teacher)
@@ -111,16 +117,19 @@ class Trainer:
         writer = SummaryWriter(self.folder.path) if self.folder else None
         try:
             while self.epoch < box_epochs:
-                record = self._epoch(box_epochs)
+                with self.stop:
+                    record = self._epoch(box_epochs)
                 improved = self._select(record)
-                self._post_epoch(record)
-                self._save(improved)
                 if self.folder and writer:
                     self.folder.append_metrics(record)
                     for name, value in record.items():
                         if isinstance(value, (int, float)) and name not in ("epoch", "step"):
                             writer.add_scalar(name, value, self.step)
                     logger.info(epoch_line(record, box_epochs))
+                self._post_epoch(record)
+                self._save(improved)  # last: a run cut off before repeats the epoch, its record included
+                if self.stop.requested and self.epoch < box_epochs:
+                    raise StoppedError(f"stopped after epoch {self.epoch}, all saved; --resume auto goes on from here")
         finally:
             if writer:
                 writer.close()
@@ -133,11 +142,11 @@ class Trainer:
         if loader is None:
             raise self.experiment.error("train_data_loader names no dataset", "train")
         box.pre_epoch_process(epoch=self.epoch)
-        set_epoch(loader, self.epoch)
+        set_epoch(loader, self.epoch, first_batch=self.batch)
         log_every = int(self.config.get("log_freq") or 100)
         progress = EpochProgress(self.epoch, epochs, len(loader), self.processes.is_main)
         with progress:
-            for index, batch in enumerate(loader):
+            for index, batch in enumerate(loader, self.batch):
                 samples, targets, supplement = self.task.unpack(batch, device)
                 samples = self._channels_last(samples)
                 address(self.seed, self.step, self.processes.rank)
@@ -150,11 +159,13 @@ class Trainer:
                     box.post_forward_process(loss=loss)
                 if self.ema is not None and box.optimizer_steps > steps_before:
                     self.ema.update(box.bare_student)
-                self.step += 1
+                self.step, self.batch = self.step + 1, index + 1
                 progress.advance(len(samples) * self.processes.world_size)
                 if index % log_every == 0:
                     self._check_numbers(loss)
                     progress.show({name: value.item() for name, value in self.terms.now.items()})
+                if self.batch < len(loader) and box.stage_grad_count % box.grad_accum_step == 0:
+                    self._save_within_epoch(loss)
             self._check_numbers(loss)
             speed = progress.images_per_second
         errors = self._orthogonality()
@@ -168,7 +179,7 @@ class Trainer:
         record |= self._validate()
         record |= {f"orthogonality_error/{name}": value for name, value in errors.items()}
         record["images_per_s"] = round(speed, 1)
-        self.epoch += 1
+        self.epoch, self.batch = self.epoch + 1, 0
         return record
 
     def _forward(self, *batch: Any) -> Tensor:
@@ -177,7 +188,9 @@ class Trainer:
             with blame(self.experiment, "train"):
                 return self.box.forward_process(*batch)
         except ConfigError as error:
-            if all(bool(p.isfinite().all()) for p in self.box.student.parameters()):
+            # After a device-side assertion, which is how a projector says it on a GPU, nothing can be read back.
+            asserted = "device-side assert" in str(error)
+            if not asserted and all(bool(p.isfinite().all()) for p in self.box.student.parameters()):
                 raise
             raise NotFiniteError(self._stopped("a weight of the student is not finite")) from error
 
@@ -232,7 +245,9 @@ class Trainer:
             "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch,
+            "batch": self.batch,
             "step": self.step,
+            "terms": self.terms.state(),
             "stage_grad_count": box.stage_grad_count,
             "best": self.result.best,
             "best_value": _score(self.result.best, self.task.metric) if self.result.best else 0.0,
@@ -240,11 +255,24 @@ class Trainer:
             "config_digest": self.experiment.digest(),
         }
 
+    def _save_within_epoch(self, loss: Tensor) -> None:
+        """Every so many steps, and before a stop that a signal asks for."""
+        due = self.save_every_steps is not None and self.step % self.save_every_steps == 0
+        if not due and not self.stop.requested:
+            return
+        self._check_numbers(loss)
+        if self.folder is not None:
+            save_atomically(self.state(), self.folder.last)
+        if self.stop.requested:
+            raise StoppedError(f"stopped at step {self.step}, all saved; --resume auto goes on from here")
+
     def _save(self, improved: bool) -> None:
         if self.folder is None:
             return
         state = self.state()
         save_atomically(state, self.folder.last)
+        if self.keep_every_epochs is not None and self.epoch % self.keep_every_epochs == 0:
+            save_atomically(state, self.folder.last.with_name(f"epoch{self.epoch}.pt"))
         if improved:
             kept = {key: state[key] for key in ("model", "projectors", "ema", "epoch", "step", "best_value")}
             if self.ema is not None and "val_ema/" + self.task.metric in (self.result.best or {}):
@@ -252,7 +280,7 @@ class Trainer:
             save_atomically(kept, self.folder.best)
 
     def resume(self, path: Any) -> None:
-        """Goes on from a checkpoint at the end of an epoch.
+        """Goes on from a checkpoint, within an epoch or at its end.
 
         Raises:
             UserError: the checkpoint does not fit the configuration.
@@ -276,7 +304,8 @@ class Trainer:
         if hasattr(box, "current_epoch"):
             box.current_epoch = state["epoch"]
         box.stage_grad_count = state["stage_grad_count"]
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.terms.load_state(state["terms"])
         self.result.best = state["best"]
         self.result.steps = self.step
         if self.folder is not None:
@@ -347,13 +376,6 @@ class Trainer:
         if self.config.get("channels_last") and isinstance(samples, Tensor) and samples.dim() == 4:
             return samples.contiguous(memory_format=torch.channels_last)
         return samples
-
-    def _compile(self) -> None:
-        chosen = self.config.get("compile") or {}
-        if chosen.get("student"):
-            self.box.student.compile()
-        if chosen.get("teacher") and self.teacher is not None:
-            self.box.teacher_model.compile()
 
     def _count_parameters(self) -> dict[str, int]:
         student = self.box.bare_student

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ReduceLROnPlateau
 from torchdistill.common.module_util import check_if_wrapped
@@ -108,6 +110,7 @@ class EngineBox(_Box):
         self.compile_modes = compile_modes
         self.optimizer_steps = 0
         self._own_post_forward: Callable[..., None] | None = None
+        self._alone: list[nn.Parameter] = []
         super().__init__(*args)
 
     # What differs between torchdistill's box with a teacher and its box without one.
@@ -162,18 +165,21 @@ class EngineBox(_Box):
     def setup(self, train_config: dict[str, Any]) -> None:
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
         super().setup(train_config)
-        model = self.student
-        if self.distributed and _needs_ddp(model):
-            frozen = any(not p.requires_grad for p in model.parameters())
-            wrapped = DistributedDataParallel(
-                model,
-                device_ids=self.device_ids,
-                find_unused_parameters=frozen,
-            )
+        if not self.distributed:
+            return
+        if _needs_ddp(self.student):
+            # Without find_unused_parameters: it takes what only hooked features lead to, such as a projector,
+            # for unused. What is frozen is no part of it anyway.
+            wrapped = DistributedDataParallel(self.student, device_ids=self.device_ids)
             if isinstance(self, DistillationBox):
                 self.student_model = wrapped
             else:
                 self.model = wrapped
+        self._alone = _outside_of_ddp(self.optimizer, self.student, getattr(self, "teacher_model", None))
+        for parameter in self._alone:
+            dist.broadcast(parameter.data, 0)
+        if self._own_post_forward is not None:
+            self.optimizer.register_step_pre_hook(lambda *_: self._average_alone())
         _compile(self.student, self.compile_modes.get("student"))
         if isinstance(self, DistillationBox):
             _compile(self.teacher_model, self.compile_modes.get("teacher"))
@@ -185,8 +191,16 @@ class EngineBox(_Box):
         last = (self.stage_grad_count + 1) % self.grad_accum_step == 0
         model = self.student
         averaging = model.no_sync() if not last and isinstance(model, DistributedDataParallel) else nullcontext()
-        with averaging, self.precision.autocast():
-            return super().forward_process(*args, **kwargs)
+        try:
+            with averaging, self.precision.autocast():
+                return super().forward_process(*args, **kwargs)
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            raise UserError(
+                "parts of the student get no gradient from the criterion, which DistributedDataParallel has to know: "
+                "name them under frozen_modules, or end the student before them by sequential"
+            ) from error
 
     def post_forward_process(self, loss: Tensor, metrics: Any = None, **kwargs: Any) -> None:
         """Backward, and at the end of an accumulation: unscale, clip, step, scheduler. torchdistill's semantics."""
@@ -199,6 +213,7 @@ class EngineBox(_Box):
         scaler.scale(loss / self.grad_accum_step).backward()
         stepped = self.stage_grad_count % self.grad_accum_step == 0
         if stepped:
+            self._average_alone()
             if self.max_grad_norm is not None:
                 scaler.unscale_(optimizer)
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -215,6 +230,17 @@ class EngineBox(_Box):
                 scheduler.step(self.stage_grad_count // every)
             else:
                 scheduler.step()
+
+    def _average_alone(self) -> None:
+        """Averages over the processes the gradients that no DistributedDataParallel averages."""
+        gradients = [parameter.grad for parameter in self._alone if parameter.grad is not None]
+        if not gradients:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def post_epoch_process(self, *args: Any, **kwargs: Any) -> None:
         """torchdistill's, which does not see an auxiliary wrapper inside DistributedDataParallel."""
@@ -260,7 +286,9 @@ def build_box(
     staged = "stage1" in args[1]
     if teacher is None:
         return (_StagedTraining if staged else _Training)(load, precision, terms, compile_modes, student, *args)
-    return (_StagedDistillation if staged else _Distillation)(load, precision, terms, compile_modes, teacher, student, *args)
+    return (_StagedDistillation if staged else _Distillation)(
+        load, precision, terms, compile_modes, teacher, student, *args
+    )
 
 
 def _compile(model: nn.Module, mode: bool | str | None) -> None:
@@ -269,7 +297,23 @@ def _compile(model: nn.Module, mode: bool | str | None) -> None:
 
 
 def _needs_ddp(model: nn.Module) -> bool:
-    """Whether gradients of ``model`` would stay on their process. Other wrappers of torchdistill bring their DDP."""
-    if check_if_wrapped(model) or any(check_if_wrapped(m) for m in model.modules()):
+    """Whether gradients of ``model`` would stay on their process.
+
+    torchdistill's own auxiliary wrappers bring their DistributedDataParallel. One with a ``secondary_forward``
+    cannot be inside another, as torchdistill would not find it there.
+    """
+    if any(check_if_wrapped(module) for module in model.modules()):
+        return False
+    own_forward = type(model).secondary_forward if isinstance(model, AuxiliaryModelWrapper) else None
+    if own_forward not in (None, AuxiliaryModelWrapper.secondary_forward):
         return False
     return any(p.requires_grad for p in model.parameters())
+
+
+def _outside_of_ddp(optimizer: torch.optim.Optimizer, *models: nn.Module | None) -> list[nn.Parameter]:
+    """What ``optimizer`` trains and nothing in ``models`` averages: DistributedDataParallel, or torch's FSDP."""
+    modules = [module for model in models if model is not None for module in model.modules()]
+    averaging = [m for m in modules if check_if_wrapped(m) and not isinstance(m, nn.DataParallel)]
+    cared_for = {id(p) for m in averaging for p in m.parameters()}
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    return [p for p in trained if p.requires_grad and id(p) not in cared_for]

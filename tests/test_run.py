@@ -59,7 +59,7 @@ def test_a_run_writes_what_the_documentation_says(tmp_path: Path) -> None:
     assert [r["epoch"] for r in records] == [1, 2]
     assert {"step", "lr", "loss", "loss/ce", "loss/kl", "loss/vkd", "val/top1"} <= records[0].keys()
     assert records[0]["orthogonality_error/tokens"] < 1e-5
-    weighted = sum(records[1][f"loss/{name}"] for name in ("ce", "kl", "vkd"))
+    weighted = sum(weight * records[1][f"loss/{name}"] for name, weight in (("ce", 1), ("kl", 1), ("vkd", 4)))
     assert math.isclose(records[1]["loss"], weighted, rel_tol=1e-5)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["last"]["epoch"] == 2

@@ -24,7 +24,7 @@ def save_atomically(state: Mapping[str, Any], path: Path) -> None:
         UserError: the disk refuses (full, read-only); what ``path`` held before is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(dict(state), file)

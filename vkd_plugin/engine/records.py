@@ -110,7 +110,7 @@ class RunFolder:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes ``text`` so that ``path`` holds either the old or the new content, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
         file.write(text)
         file.flush()

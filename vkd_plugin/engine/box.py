@@ -164,8 +164,6 @@ class EngineBox(_Box):
 
     def setup(self, train_config: dict[str, Any]) -> None:
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
-        if self.distributed:
-            dist.barrier()  # what this stage reads from a file, the main process has written in the one before
         super().setup(train_config)
         if not self.distributed:
             return

@@ -105,7 +105,7 @@ class Trainer:
         self.save_every_steps: int | None = checkpoint.get("every_steps")
         self.keep_every_epochs: int | None = checkpoint.get("keep")
         self.result = Result(parameters=self._count_parameters())
-        if teacher is not None and not any(p.requires_grad for p in teacher.parameters()):
+        if teacher is not None and _is_frozen(teacher):
             self.result.teacher_digest = state_digest(teacher)
 
     # The run.
@@ -200,6 +200,8 @@ class Trainer:
             self.box.post_epoch_process(metrics=record.get("val/" + self.task.metric, record["loss"]))
         if getattr(self.box, "stage_number", None) != stage:
             logger.info("stage %s", self.box.stage_number)
+            if not _is_frozen(self.teacher):
+                self.result.teacher_digest = None  # this stage trains it
 
     def _validate(self) -> dict[str, float]:
         loader = self.box.val_data_loader
@@ -385,6 +387,10 @@ class Trainer:
         if self.box.wrapper is not None:
             counts["projectors"] = sum(p.numel() for p in self.box.wrapper.parameters()) - counts["student"]
         return counts
+
+
+def _is_frozen(model: nn.Module | None) -> bool:
+    return model is None or not any(p.requires_grad for p in model.parameters())
 
 
 def _score(record: dict[str, Any], metric: str) -> float:

@@ -34,13 +34,14 @@ def _in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _run(config: str, output: Path, *more: str, expect: int = 0) -> list[dict[str, Any]]:
-    arguments = ["--config", config, *SHORT, "--output", str(output), "--device", "cpu", *_dst(output), *more]
+    arguments = ["--config", config, *SHORT, "--output", str(output), "--device", "cpu", *_dst(output, config), *more]
     assert main(arguments) == expect
     return _metrics(output)
 
 
-def _dst(output: Path) -> list[str]:
-    return ["--set", f"models.student_model.dst_ckpt={output}-student.pt"]
+def _dst(output: Path, config: str = VKD) -> list[str]:
+    section = "model" if "/ce/" in config else "student_model"
+    return ["--set", f"models.{section}.dst_ckpt={output}-student.pt"]
 
 
 def _metrics(output: Path) -> list[dict[str, Any]]:
@@ -90,12 +91,24 @@ def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
     assert _metrics(tmp_path / "b") == first
 
 
-def test_one_seed_gives_identical_figures_whatever_the_number_of_workers(tmp_path: Path) -> None:
-    first = _run(VKD, tmp_path / "a", "--seed", "3")
-    again = _run(VKD, tmp_path / "b", "--seed", "3", "--set", "train.train_data_loader.kwargs.num_workers=2")
-    other = _run(VKD, tmp_path / "c", "--seed", "4")
+@pytest.mark.parametrize("config", [VKD, "configs/digits/ce/digits_cnn.yaml"])
+def test_one_seed_gives_identical_figures_whatever_the_number_of_workers(tmp_path: Path, config: str) -> None:
+    """The second configuration augments its images."""
+    first = _run(config, tmp_path / "a", "--seed", "3")
+    again = _run(config, tmp_path / "b", "--seed", "3", "--set", "train.train_data_loader.kwargs.num_workers=2")
+    other = _run(config, tmp_path / "c", "--seed", "4")
     assert first == again
     assert first != other
+
+
+def test_start_epoch_counts_on_with_the_optimizer_of_src_ckpt(tmp_path: Path) -> None:
+    whole = _run(VKD, tmp_path / "whole")
+    first = _run(VKD, tmp_path / "first", "--set", "train.num_epochs=1")
+    assert whole[:1] == first
+    last = tmp_path / "first" / "checkpoints" / "last.pt"
+    more = _run(VKD, tmp_path / "more", "--start_epoch", "1", "--set", f"models.student_model.src_ckpt={last}")
+    assert [record["epoch"] for record in more] == [2]
+    assert more[0]["lr"] == whole[1]["lr"]
 
 
 @pytest.mark.parametrize("after", [7, 13])
@@ -192,12 +205,9 @@ def test_the_other_distillation_configs_train(tmp_path: Path, method: str) -> No
 
 @pytest.mark.parametrize("name", ["vit", "digits_cnn"])
 def test_training_without_a_teacher(tmp_path: Path, name: str) -> None:
-    output = tmp_path / name
-    arguments = ["--config", f"configs/digits/ce/{name}.yaml", *SHORT, "--output", str(output), "--device", "cpu"]
-    assert main([*arguments, "--set", f"models.model.dst_ckpt={output}.pt"]) == 0
-    records = _metrics(output)
+    records = _run(f"configs/digits/ce/{name}.yaml", tmp_path / name)
     assert records[-1]["loss"] < records[0]["loss"]
-    assert "teacher" not in json.loads((output / "summary.json").read_text())["test"]
+    assert "teacher" not in json.loads((tmp_path / name / "summary.json").read_text())["test"]
 
 
 @pytest.mark.parametrize("orthogonal_map", ["householder", "matrix_exp", "cayley", "cholesky_qr", "polar"])
@@ -322,7 +332,7 @@ def test_a_loss_that_is_not_finite_ends_with_exit_code_3(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], config: str, message: str
 ) -> None:
     file = f"configs/digits/{config}/vit_from_cnn.yaml"
-    _run(file, tmp_path / "run", "--set", "train.optimizer={key: SGD, kwargs: {lr: 1.0e+30}}", expect=3)
+    _run(file, tmp_path / "run", "--set", "train.scheduler.kwargs.max_lr=1.0e+35", expect=3)
     err = capfd.readouterr().err
     assert message in err
     assert "Traceback" not in err
@@ -379,7 +389,16 @@ def test_a_projector_that_is_not_orthonormal_stops_the_run(
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["null", "{dtype: bfloat16}", "{dtype: float16}"])
 def test_on_a_gpu(tmp_path: Path, amp: str) -> None:
-    arguments = ["--config", VKD, *SHORT, "--output", str(tmp_path / "run"), "--device", "cuda", *_dst(tmp_path / "run")]
+    arguments = [
+        "--config",
+        VKD,
+        *SHORT,
+        "--output",
+        str(tmp_path / "run"),
+        "--device",
+        "cuda",
+        *_dst(tmp_path / "run"),
+    ]
     assert main([*arguments, "--set", f"train.amp={amp}", "--set", "train.channels_last=true"]) == 0
     records = _metrics(tmp_path / "run")
     assert records[-1]["loss"] < records[0]["loss"]

@@ -108,8 +108,10 @@ def _train(
 ) -> Result:
     lr_factor = processes.world_size if options.adjust_lr else 1
     trainer = Trainer(experiment, teacher, student, processes, folder, options.seed, lr_factor)
-    trainer.epoch = options.start_epoch
     checkpoint = _checkpoint_to_resume(options)
+    if options.start_epoch:
+        _, section = model_sections(experiment)
+        trainer.start_at(options.start_epoch, experiment.data["models"][section].get("src_ckpt"))
     if checkpoint is not None:
         trainer.resume(checkpoint)
         logger.info("resumed from %s after epoch %d", checkpoint, trainer.epoch)

@@ -5,6 +5,7 @@ import math
 import random
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Experiment
 from ..errors import ConfigError, NotFiniteError, UserError
+from ..models.weights import is_url, read_checkpoint
 from ..tasks.classification import Classification
 from ..teacher import state_digest
 from ..wrappers import ProjectedStudent
@@ -281,7 +283,7 @@ class Trainer:
                 kept["model"] = self.ema.model.state_dict()
             save_atomically(kept, self.folder.best)
 
-    def resume(self, path: Any) -> None:
+    def resume(self, path: Path) -> None:
         """Goes on from a checkpoint, within an epoch or at its end.
 
         Raises:
@@ -316,6 +318,24 @@ class Trainer:
             self.result.last = records[-1] if records else None
         if state["config_digest"] != self.experiment.digest():
             logger.warning("%s was trained with another configuration", path)
+
+    def start_at(self, epoch: int, source: str | None) -> None:
+        """torchdistill's ``--start_epoch``: counts on from ``epoch``, with optimizer and scheduler of ``src_ckpt``.
+
+        Raises:
+            UserError: the optimizer's state does not fit.
+        """
+        self.epoch = epoch
+        if not source or is_url(source) or not Path(source).exists():
+            return
+        state = read_checkpoint(source)
+        try:
+            if state.get("optimizer") is not None:
+                self.box.optimizer.load_state_dict(state["optimizer"])
+            if state.get("lr_scheduler") is not None and self.box.lr_scheduler is not None:
+                self.box.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{source}: its optimizer does not fit: {' '.join(str(error).split())}") from error
 
     # Guards.
 

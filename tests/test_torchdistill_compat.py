@@ -699,9 +699,7 @@ def test_gradients_are_averaged_wherever_the_trained_parts_stand(tmp_path: Path,
         more=", 'extension_of_a_user'",
     )
     (tmp_path / "experiment.yaml").write_text(text.replace("OUTPUT", str(tmp_path)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
         str(tmp_path / "same_everywhere.py"), "--config", str(tmp_path / "experiment.yaml"),
@@ -711,6 +709,33 @@ def test_gradients_are_averaged_wherever_the_trained_parts_stand(tmp_path: Path,
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_parts_of_the_student_without_a_gradient_are_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DistributedDataParallel cannot average them; one process shows it as well as many."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    projected = PROJECTED.replace("['model.stem']", "[]")
+    teacher = TRAINED_TEACHER.replace("True", "False")
+    text = experiment(
+        "num_epochs: 1", LOADERS, teacher, projected, sgd(), criterion(REGRESSION.replace("PATH", "features.regressor"))
+    )
+    path = tmp_path / "experiment.yaml"
+    path.write_text(text.replace("OUTPUT", str(tmp_path)))
+    arguments = ["--config", str(path), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(arguments) == 2
+    assert "name them under frozen_modules" in capsys.readouterr().err
+    text = path.read_text()
+    path.write_text(text.replace("frozen_modules: []", "frozen_modules: ['model.head']"))
+    assert main(arguments) == 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 # --- our experiments under torchdistill's scripts -------------------------------------------------------------

@@ -47,7 +47,7 @@ class Row:
     name: str
     milliseconds: float
     ratio: float
-    peak_mib: float
+    peak_mib: float | None  # None: too slow to run once more
     repeats: int
 
 
@@ -135,7 +135,7 @@ def measure(case: tuple[int, int, int], repeats: int, device: str, slow: bool) -
     medians = {name: statistics.median(t) for name, t in times.items()}
     return [
         Row(
-            *case, name, 1e3 * t, t / medians[LINEAR], peaks.get(name, float("nan")), len(times[name])
+            *case, name, 1e3 * t, t / medians[LINEAR], peaks.get(name), len(times[name])
         )
         for name, t in medians.items()
     ]  # fmt: skip
@@ -179,7 +179,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{case[0]} -> {case[1]}, {case[2]} rows")
         print(f"  {'':22}{'ms':>10}{'ratio':>9}{'peak MiB':>10}")
         for row in measure(case, args.repeats, args.device, slow):
-            print(f"  {row.name:22}{row.milliseconds:10.2f}{row.ratio:9.2f}{row.peak_mib:10.1f}", flush=True)
+            peak = "-" if row.peak_mib is None else f"{row.peak_mib:.1f}"
+            print(f"  {row.name:22}{row.milliseconds:10.2f}{row.ratio:9.2f}{peak:>10}", flush=True)
             table.append(row)
     about["process_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.json:

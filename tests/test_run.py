@@ -189,9 +189,15 @@ def test_ema_accumulation_and_clipping(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_models_train_like_eager_ones(tmp_path: Path) -> None:
+def test_compiled_models_train_like_eager_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = _run(VKD, tmp_path / "eager")
+    compiled_modules = []
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: (compiled_modules.append(self), compile_module(self, **kw))
+    )
     compiled = _run(VKD, tmp_path / "compiled", "--set", "train.compile={student: true, teacher: true}")
+    assert [type(module).__name__ for module in compiled_modules] == ["ProjectedStudent", "DigitsCNN"]
     for one, two in zip(eager, compiled, strict=True):
         assert math.isclose(one["loss"], two["loss"], rel_tol=1e-3)
     assert compiled[-1]["orthogonality_error/tokens"] < 1e-5

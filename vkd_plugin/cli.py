@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -127,3 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # while setting up or testing; training saves first (exit code 75)
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT

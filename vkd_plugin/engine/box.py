@@ -75,9 +75,10 @@ class TermMeter:
         """What :meth:`load_state` takes, to go on within an epoch."""
         return {"sums": dict(self._sums), "count": self._count}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on with the sums of :meth:`state`."""
-        self._sums, self._count = dict(state["sums"]), state["count"]
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Goes on, on ``device``, with the sums of :meth:`state`."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._count = state["count"]
 
 
 def _scalar(value: Tensor) -> Tensor:
@@ -165,8 +166,13 @@ class EngineBox(_Box):
     def setup(self, train_config: dict[str, Any]) -> None:
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
         super().setup(train_config)
-        if not self.distributed:
-            return
+        if self.distributed:
+            self._average_gradients()
+        _compile(self.student, self.compile_modes.get("student"))
+        if isinstance(self, DistillationBox):
+            _compile(self.teacher_model, self.compile_modes.get("teacher"))
+
+    def _average_gradients(self) -> None:
         if _needs_ddp(self.student):
             # Without find_unused_parameters: it takes what only hooked features lead to, such as a projector,
             # for unused. What is frozen is no part of it anyway.
@@ -180,9 +186,6 @@ class EngineBox(_Box):
             dist.broadcast(parameter.data, 0)
         if self._own_post_forward is not None:
             self.optimizer.register_step_pre_hook(lambda *_: self._average_alone())
-        _compile(self.student, self.compile_modes.get("student"))
-        if isinstance(self, DistillationBox):
-            _compile(self.teacher_model, self.compile_modes.get("teacher"))
 
     # A step.
 

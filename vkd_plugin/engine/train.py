@@ -118,20 +118,20 @@ class Trainer:
         box_epochs: int = box.num_epochs
         writer = SummaryWriter(self.folder.path) if self.folder else None
         try:
-            while self.epoch < box_epochs:
-                with self.stop:
+            with self.stop:
+                while self.epoch < box_epochs:
                     record = self._epoch(box_epochs)
-                improved = self._select(record)
-                if self.folder and writer:
-                    self.folder.append_metrics(record)
-                    for name, value in record.items():
-                        if isinstance(value, (int, float)) and name not in ("epoch", "step"):
-                            writer.add_scalar(name, value, self.step)
-                    logger.info(epoch_line(record, box_epochs))
-                self._post_epoch(record)
-                self._save(improved)  # last: a run cut off before repeats the epoch, its record included
-                if self.stop.requested and self.epoch < box_epochs:
-                    raise StoppedError(f"stopped after epoch {self.epoch}, all saved; --resume auto goes on from here")
+                    improved = self._select(record)
+                    if self.folder and writer:
+                        self.folder.append_metrics(record)
+                        for name, value in record.items():
+                            if isinstance(value, (int, float)) and name not in ("epoch", "step"):
+                                writer.add_scalar(name, value, self.step)
+                        logger.info(epoch_line(record, box_epochs))
+                    self._post_epoch(record)
+                    self._save(improved)  # last: a run cut off before repeats the epoch, its record included
+                    if self.stop.requested and self.epoch < box_epochs:
+                        raise StoppedError(f"stopped after epoch {self.epoch}, all saved; --resume auto goes on")
         finally:
             if writer:
                 writer.close()
@@ -309,7 +309,7 @@ class Trainer:
             box.current_epoch = state["epoch"]
         box.stage_grad_count = state["stage_grad_count"]
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        self.terms.load_state(state["terms"])
+        self.terms.load_state(state["terms"], self.processes.device)
         self.result.best = state["best"]
         self.result.steps = self.step
         if self.folder is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .numerics import without_autocast
 from .stiefel import BASE_MAPS, ORTHOGONAL_MAPS, orthogonalize
 from .suggest import nearest
 
@@ -179,7 +180,8 @@ class OrthogonalProjector(nn.Module):
 
 def _orthogonality_error(weight: Tensor) -> Tensor:
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.mT
-    return (tall.mT @ tall - torch.eye(tall.shape[1], dtype=tall.dtype, device=tall.device)).abs().amax()
+    with without_autocast(weight):
+        return (tall.mT @ tall - torch.eye(tall.shape[1], dtype=tall.dtype, device=tall.device)).abs().amax()
 
 
 # What a map makes a random orthonormal matrix of, in float64. Legend: n >= k, Q (n, k) uniformly distributed.

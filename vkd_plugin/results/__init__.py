@@ -1,1 +1,1 @@
-
+"""What runs came to: tables."""

@@ -10,8 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torchdistill.common.constant import def_logger
+
+from .records import writing
 
 logger = logging.getLogger("vkd_plugin")
 console = Console(stderr=True, highlight=False)
@@ -24,7 +26,9 @@ def setup_logging(is_main: bool) -> None:
         is_main: other processes say warnings and errors only.
     """
     if console.is_terminal:
-        screen: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+        screen: logging.Handler = RichHandler(
+            console=console, show_time=False, show_path=False, show_level=False, markup=False
+        )
     else:
         screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.INFO if is_main else logging.WARNING)
@@ -40,11 +44,16 @@ def setup_logging(is_main: bool) -> None:
 
 
 def log_to(*files: Path) -> None:
-    """Writes what was said since :func:`setup_logging`, and all that follows, to ``files``."""
+    """Writes what was said since :func:`setup_logging`, and all that follows, to ``files``.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
     kept = next(handler for handler in logger.handlers if isinstance(handler, MemoryHandler))
     for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(file)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         for record in kept.buffer:
             handler.handle(record)
@@ -61,7 +70,7 @@ class EpochProgress:
 
     Args:
         epoch, epochs: the present epoch (from 0) and their number.
-        steps: steps per epoch.
+        steps: steps of this epoch, and of each that follows.
         enabled: False shows nothing.
     """
 
@@ -73,17 +82,13 @@ class EpochProgress:
         if self.enabled:
             self._bar = Progress(
                 TextColumn(f"epoch {epoch + 1}/{epochs}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=6),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[terms]}"),
-                TextColumn("{task.fields[rate]}"),
-                TextColumn("epoch"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[run_left]}"),
+                TextColumn("{task.fields[shown]}"),
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=steps, terms="", rate="", run_left="")
+            self._task = self._bar.add_task("", total=steps, shown="")
 
     def __enter__(self) -> "EpochProgress":
         if self.enabled:
@@ -106,16 +111,12 @@ class EpochProgress:
         """Present values of the loss terms (already on the host)."""
         if not self.enabled:
             return
-        text = " ".join(f"{name} {value:.4f}" for name, value in terms.items())
         done = self._bar.tasks[0].completed
-        seconds = time.perf_counter() - self.started
-        left = self.steps_left * seconds / max(done, 1)
-        self._bar.update(
-            self._task,
-            terms=text,
-            rate=f"{self.images_per_second:.0f} img/s",
-            run_left=f"then {_duration(left)}",
-        )
+        steps_left = self.steps_left + (self._bar.tasks[0].total or 0) - done
+        left = steps_left * (time.perf_counter() - self.started) / max(done, 1)
+        shown = [f"{name} {value:.3f}" for name, value in terms.items()]
+        shown += [f"{self.images_per_second:.0f} img/s", f"{_duration(left)} left"]
+        self._bar.update(self._task, shown="  ".join(shown))
 
     @property
     def images_per_second(self) -> float:

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"no command '{command}'{nearest(command, _COMMANDS)}; to train: run.py --config C")
         return _COMMANDS[command](rest)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if error.spoken if error.spoken is not None else os.environ.get("RANK", "0") == "0":
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr)
         return error.exit_code

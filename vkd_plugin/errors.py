@@ -10,9 +10,14 @@ EXIT_STOPPED = 75
 
 
 class UserError(Exception):
-    """Something that the user can mend: a config, a flag, a checkpoint, a data folder (exit code 2)."""
+    """Something that the user can mend: a config, a flag, a checkpoint, a data folder (exit code 2).
+
+    Attributes:
+        spoken: with several processes, whether this one is to print it; None where that is not settled.
+    """
 
     exit_code = EXIT_BAD_INPUT
+    spoken: bool | None = None
 
 
 class NotFiniteError(UserError):

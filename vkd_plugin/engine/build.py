@@ -14,6 +14,7 @@ from torchdistill.models.registry import get_model
 from ..config import Experiment
 from ..errors import BadValue, ConfigError, UserError
 from ..models.weights import fit_weights, is_url, load_weights
+from .processes import is_lost_peer
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ def blame(experiment: Experiment, *path: str | int) -> Iterator[None]:
     except BadValue as error:
         raise experiment.error(str(error), *_place_of(error.value, experiment.data, path)) from error
     except _BLAMED as error:
+        if is_lost_peer(error):
+            raise
         logger.debug("", exc_info=True)
         text = " ".join(str(error).split()) or "failed"
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

@@ -23,9 +23,9 @@ def save_atomically(state: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: the disk refuses (full, read-only); what ``path`` held before is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()

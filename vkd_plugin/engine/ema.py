@@ -11,10 +11,15 @@ class StudentEMA:
 
     Args:
         student: the bare student; it is copied, on its own device.
-        decay: 0 < decay < 1.
+        decay: 0 <= decay < 1; 1 would never take anything in.
+
+    Raises:
+        ValueError: ``decay`` out of range.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay:g}")
         self.averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
         self.averaged.eval()
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -20,11 +21,13 @@ class Processes:
         rank: 0 for the main process, the one that writes files.
         world_size: number of processes.
         device: where this process computes.
+        host_group: a process group for CPU tensors; None is the default group.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    host_group: Any = None
 
     @property
     def distributed(self) -> bool:
@@ -50,6 +53,14 @@ class Processes:
         if self.distributed:
             dist.barrier()
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in any process; all of them have to ask. The device is not waited for."""
+        if not self.distributed:
+            return flag
+        votes = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host_group)
+        return bool(votes.item())
+
 
 @contextmanager
 def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Processes]:
@@ -62,7 +73,8 @@ def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Proc
         dist_url: how the processes meet (``--dist_url``).
 
     Raises:
-        UserError: a device that does not exist.
+        UserError: a device that does not exist, or another process has ended. Of all processes that fail, the first
+            to do so is the one to print why.
     """
     rank, world_size, local_rank = _launched()
     chosen = _device(device, local_rank if world_size is not None else None)
@@ -73,11 +85,36 @@ def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Proc
         dist.init_process_group(
             backend, init_method=dist_url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
         )
+    host_group = dist.new_group(backend="gloo") if world_size is not None and chosen.type == "cuda" else None
     try:
-        yield Processes(rank, world_size or 1, chosen)
+        yield Processes(rank, world_size or 1, chosen, host_group)
+    except UserError as error:
+        error.spoken = _first_to_fail()
+        raise
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        ended = UserError("another process of this run has ended")
+        ended.spoken = _first_to_fail()
+        raise ended from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
+
+
+def _first_to_fail() -> bool | None:
+    """Whether no other process has failed before; None where that cannot be told."""
+    if not dist.is_initialized():
+        return None
+    try:
+        return dist.distributed_c10d._get_default_store().add("vkd_plugin/failed", 1) == 1
+    except RuntimeError:  # the process that keeps the store is gone, so it has failed before
+        return False
 
 
 def _launched() -> tuple[int, int | None, int]:

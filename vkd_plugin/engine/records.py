@@ -10,7 +10,10 @@ import logging
 import math
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +30,7 @@ logger = logging.getLogger("vkd_plugin")
 
 def default_output(config: str | Path) -> Path:
     """``runs/<path of the config below configs/, without .yaml>``; outside of a ``configs`` folder its stem."""
-    path = Path(config)
+    path = Path(os.path.normpath(config))
     parts = path.with_suffix("").parts
     if "configs" in parts:
         last = len(parts) - 1 - parts[::-1].index("configs")
@@ -56,14 +59,47 @@ class RunFolder:
             raise UserError(f"--output {path}: cannot write there: {error.strerror or error}") from error
 
     def start_afresh(self) -> None:
-        """Moves an earlier run that the folder holds aside, to the first free ``<folder>.<number>``."""
+        """Moves an earlier run that the folder holds aside, to the first free ``<folder>.<number>``.
+
+        Raises:
+            UserError: it cannot be moved, or is the working folder, which paths in the configuration start from; or
+                it holds a ``config.yaml`` of somebody else's.
+        """
         if not (self.path / "config.yaml").exists():
             return
-        moved = _free_name(self.path)
-        self._lock.close()
-        self.path.rename(moved)
+        if not (self.path / "log.txt").exists():
+            raise UserError(f"--output {self.path}: holds a config.yaml that is not a run's; choose another folder")
+        real = self.path.resolve()  # behind a link, the folder moves and the link stays
+        if Path.cwd().is_relative_to(real):
+            raise UserError(f"--output {self.path}: the working folder holds an earlier run; choose another")
+        moved, lock = _free_name(real), self._lock
+        try:
+            real.rename(moved)
+            real.mkdir()
+        except OSError as error:
+            raise UserError(f"--output {self.path}: cannot move the earlier run: {error.strerror or error}") from error
         self.__init__(self.path)  # type: ignore[misc]
+        lock.close()
         logger.info("%s holds an earlier run; moved to %s", self.path, moved)
+
+    def go_on(self, checkpoint: Path, epoch: int) -> list[dict[str, Any]]:
+        """Makes the folder what it was after ``epoch`` epochs of the run that ``checkpoint`` is from.
+
+        Epochs that the checkpoint does not know are dropped. If it is another folder's, its run goes on here, and
+        a run that this folder holds is moved aside.
+
+        Returns:
+            The records of ``metrics.jsonl``.
+        """
+        source = checkpoint.resolve().parents[1]
+        records = [record for record in read_metrics(source) if record["epoch"] <= epoch]
+        if source != self.path.resolve():
+            self.start_afresh()
+            best = source / "checkpoints" / "best.pt"
+            if best.is_file():
+                shutil.copyfile(best, self.best)
+        self.write_metrics(records)
+        return records
 
     def _locked(self) -> IO[str]:
         lock = (self.path / ".lock").open("w")
@@ -90,13 +126,8 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One line of ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(record)) + "\n")
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """What ``metrics.jsonl`` holds so far."""
-        file = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces ``metrics.jsonl`` (a resumed run drops epochs that its checkpoint does not know)."""
@@ -108,14 +139,46 @@ class RunFolder:
         write_atomically(self.path / "summary.json", json.dumps(jsonable(summary), indent=2) + "\n")
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``; a line that a killed process wrote in part is left out."""
+    file = folder / "metrics.jsonl"
+    records = []
+    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("epoch"), int):
+            records.append(record)
+    return records
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """``path``; that it cannot be written (disk full, read-only) is an error of one line.
+
+    Raises:
+        UserError: see above.
+    """
+    try:
+        yield path
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Writes ``text`` so that ``path`` holds either the old or the new content, never a part."""
+    """Writes ``text`` so that ``path`` holds either the old or the new content, never a part.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def jsonable(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """One run from beginning to end: set up, train, test, record."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ def run(options: Options) -> int:
     experiment = load_experiment(options.config, options.overrides)
     with process_group(options.device, options.dist_url) as processes:
         setup_logging(processes.is_main)
-        path = Path(options.output) if options.output else default_output(options.config)
+        path = _output(options)
         folder = RunFolder(path) if processes.is_main else None
         try:
             for warning in experiment.warnings if processes.is_main else ():
@@ -77,22 +78,29 @@ def run(options: Options) -> int:
                 result = _train(options, experiment, teacher, student, processes, folder)
                 tested = _test(options, experiment, teacher, student, processes, path)
                 if folder is not None:
-                    _write_student(experiment, student_section, folder)
                     folder.write_summary(_summary(options, result, tested, processes, elapsed(started)))
+                    _write_student(experiment, student_section, folder)
         finally:
             if folder is not None:
                 folder.close()
     return EXIT_DONE
 
 
+def _output(options: Options) -> Path:
+    if options.output is None:
+        return default_output(options.config)
+    if not options.output:
+        raise UserError("--output: the name of the folder is empty")
+    return Path(os.path.expanduser(options.output))
+
+
 def _checkpoint_to_resume(options: Options) -> Path | None:
     if options.resume is None:
         return None
     if options.resume == "auto":
-        output = Path(options.output) if options.output else default_output(options.config)
-        last = output / "checkpoints" / "last.pt"
+        last = _output(options) / "checkpoints" / "last.pt"
         return last if last.exists() else None
-    checkpoint = Path(options.resume)
+    checkpoint = Path(os.path.expanduser(options.resume))
     if not checkpoint.is_file():
         raise UserError(f"--resume {checkpoint}: no such file")
     return checkpoint
@@ -115,11 +123,16 @@ def _train(
     if checkpoint is not None:
         trainer.resume(checkpoint)
         logger.info("resumed from %s after epoch %d", checkpoint, trainer.epoch)
+    elif trainer.epoch >= trainer.box.num_epochs:
+        raise UserError(f"nothing to train: it starts at epoch {trainer.epoch}, and num_epochs is {trainer.box.num_epochs}")
     processes.barrier()  # all have read the checkpoint
     if folder is not None:  # nothing was written up to here: a mistake in the configuration costs nothing
         if checkpoint is None:
             folder.start_afresh()
-        log_to(folder.path / "log.txt", *([Path(options.run_log).expanduser()] if options.run_log else []))
+        else:
+            trainer.go_on(checkpoint)
+        more = [Path(os.path.expanduser(options.run_log))] if options.run_log else []
+        log_to(folder.path / "log.txt", *more)
         write_atomically(folder.path / "config.yaml", experiment.dump())
     else:
         log_to()
@@ -169,8 +182,8 @@ def _student_weights(experiment: Experiment, path: Path) -> Path:
         return best
     _, section = model_sections(experiment)
     target = experiment.data["models"][section].get("dst_ckpt")
-    if target and Path(target).exists():
-        return Path(target)
+    if target and Path(os.path.expanduser(target)).exists():
+        return Path(os.path.expanduser(target))
     raise UserError(f"no weights to test: neither {best} nor {target or 'a dst_ckpt'} exists")
 
 
@@ -179,7 +192,8 @@ def _write_student(experiment: Experiment, section: str, folder: RunFolder) -> N
     target = experiment.data["models"][section].get("dst_ckpt")
     if target and folder.best.exists():
         best = read_checkpoint(folder.best)
-        save_atomically({"model": best["model"], "best_value": best["best_value"]}, Path(target))
+        kept = {"model": best["model"], "best_value": best["best_value"]}
+        save_atomically(kept, Path(os.path.expanduser(target)))
 
 
 def _summary(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Experiment
@@ -98,7 +99,9 @@ class Trainer:
                 lr_factor,
             )
         decay = (self.config.get("ema") or {}).get("decay")
-        self.ema = StudentEMA(student, decay) if decay is not None else None
+        with blame(experiment, "train", "ema"):
+            self.ema = StudentEMA(student, decay) if decay is not None else None
+        self._train_loader()  # that there is one, before anything is written
         self.epoch = 0  # epochs done
         self.batch = 0  # batches done of the present epoch
         self.step = 0  # batches done in all
@@ -130,7 +133,8 @@ class Trainer:
                         logger.info(epoch_line(record, box_epochs))
                     self._post_epoch(record)
                     self._save(improved)  # last: a run cut off before repeats the epoch, its record included
-                    if self.stop.requested and self.epoch < box_epochs:
+                    if self.processes.any(self.stop.requested) and self.epoch < box_epochs:
+                        self.processes.barrier()  # see _save_within_epoch
                         raise StoppedError(f"stopped after epoch {self.epoch}, all saved; --resume auto goes on")
         finally:
             if writer:
@@ -140,9 +144,7 @@ class Trainer:
 
     def _epoch(self, epochs: int) -> dict[str, Any]:
         box, device = self.box, self.processes.device
-        loader = box.train_data_loader
-        if loader is None:
-            raise self.experiment.error("train_data_loader names no dataset", "train")
+        loader = self._train_loader()
         box.pre_epoch_process(epoch=self.epoch)
         set_epoch(loader, self.epoch, first_batch=self.batch)
         log_every = int(self.config.get("log_freq") or 100)
@@ -183,6 +185,17 @@ class Trainer:
         record["images_per_s"] = round(speed, 1)
         self.epoch, self.batch = self.epoch + 1, 0
         return record
+
+    def _train_loader(self) -> DataLoader[Any]:
+        """The present stage's, which has at least one batch."""
+        loader = self.box.train_data_loader
+        if loader is None:
+            raise self.experiment.error("train_data_loader names no dataset", "train")
+        if not len(loader):
+            count = len(loader.dataset)
+            why = f"no batch: {count} samples, batch size, drop_last and the number of processes leave none"
+            raise self.experiment.error(why, "train", "train_data_loader")
+        return loader
 
     def _forward(self, *batch: Any) -> Tensor:
         """Loss of a batch. What a library raises here is the configuration's fault, unless weights are not finite."""
@@ -250,6 +263,7 @@ class Trainer:
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch,
             "batch": self.batch,
+            "batches": len(box.train_data_loader),
             "step": self.step,
             "terms": self.terms.state(),
             "stage_grad_count": box.stage_grad_count,
@@ -260,28 +274,36 @@ class Trainer:
         }
 
     def _save_within_epoch(self, loss: Tensor) -> None:
-        """Every so many steps, and before a stop that a signal asks for."""
+        """Every so many steps, and before a stop that a signal to any of the processes asks for."""
         due = self.save_every_steps is not None and self.step % self.save_every_steps == 0
-        if not due and not self.stop.requested:
+        stopping = self.processes.any(self.stop.requested)
+        if not due and not stopping:
             return
         self._check_numbers(loss)
+        terms = self._terms_of_all()
         if self.folder is not None:
-            save_atomically(self.state(), self.folder.last)
-        if self.stop.requested:
+            save_atomically(self.state() | {"terms": terms}, self.folder.last)
+        if stopping:
+            self.processes.barrier()  # a launcher ends the others when one process ends: not before all is saved
             raise StoppedError(f"stopped at step {self.step}, all saved; --resume auto goes on from here")
+
+    def _terms_of_all(self) -> dict[str, Any]:
+        """State of the loss terms' sums, the mean over the processes."""
+        state = self.terms.state()
+        return state | {"sums": {name: torch.tensor(v) for name, v in self._mean_over_processes(state["sums"]).items()}}
 
     def _save(self, improved: bool) -> None:
         if self.folder is None:
             return
         state = self.state()
-        save_atomically(state, self.folder.last)
-        if self.keep_every_epochs is not None and self.epoch % self.keep_every_epochs == 0:
-            save_atomically(state, self.folder.last.with_name(f"epoch{self.epoch}.pt"))
-        if improved:
+        if improved:  # first: a run cut off before last.pt repeats the epoch and writes best.pt again
             kept = {key: state[key] for key in ("model", "projectors", "ema", "epoch", "step", "best_value")}
             if self.ema is not None and "val_ema/" + self.task.metric in (self.result.best or {}):
                 kept["model"] = self.ema.model.state_dict()
             save_atomically(kept, self.folder.best)
+        if self.keep_every_epochs is not None and self.epoch % self.keep_every_epochs == 0:
+            save_atomically(state, self.folder.last.with_name(f"epoch{self.epoch}.pt"))
+        save_atomically(state, self.folder.last)
 
     def resume(self, path: Path) -> None:
         """Goes on from a checkpoint, within an epoch or at its end.
@@ -302,6 +324,8 @@ class Trainer:
             self.precision.scaler.load_state_dict(state["scaler"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.averaged.load_state_dict(state["ema"])
+            elif self.ema is not None:
+                self.ema.model.load_state_dict(state["model"])
         except (RuntimeError, ValueError, KeyError) as error:
             text = " ".join(str(error).split())
             raise UserError(f"{path}: does not fit this experiment: {text}") from error
@@ -309,15 +333,29 @@ class Trainer:
             box.current_epoch = state["epoch"]
         box.stage_grad_count = state["stage_grad_count"]
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        before, now = state.get("batches"), len(self._train_loader())
+        if self.batch and before and before != now:  # another batch size or number of processes: the same samples
+            self.batch = min(round(self.batch * now / before), now - 1)
         self.terms.load_state(state["terms"], self.processes.device)
         self.result.best = state["best"]
         self.result.steps = self.step
-        if self.folder is not None:
-            records = [r for r in self.folder.read_metrics() if r["epoch"] <= self.epoch]
-            self.folder.write_metrics(records)
-            self.result.last = records[-1] if records else None
-        if state["config_digest"] != self.experiment.digest():
-            logger.warning("%s was trained with another configuration", path)
+        for name, here, there in (
+            ("configuration", self.experiment.digest(), state["config_digest"]),
+            ("seed", self.seed, state["seed"]),
+        ):
+            if here != there:
+                logger.warning("%s was trained with another %s", path, name)
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Brings the folder to where :meth:`resume` found the run, as nothing before has to be able to fail."""
+        if self.folder is None:
+            return
+        records = self.folder.go_on(checkpoint, self.epoch)
+        self.result.last = records[-1] if records else None
+        best = self.result.best
+        if best is not None and not _is_of(best, self.folder.best):
+            logger.warning("%s is not there or another epoch's; the next epoch counts as the best", self.folder.best)
+            self.result.best = None
 
     def start_at(self, epoch: int, source: str | None) -> None:
         """torchdistill's ``--start_epoch``: counts on from ``epoch``, with optimizer and scheduler of ``src_ckpt``.
@@ -411,6 +449,14 @@ class Trainer:
 
 def _is_frozen(model: nn.Module | None) -> bool:
     return model is None or not any(p.requires_grad for p in model.parameters())
+
+
+def _is_of(record: dict[str, Any], best: Path) -> bool:
+    """Whether the checkpoint ``best`` is that of an epoch's record."""
+    try:
+        return read_checkpoint(best).get("step") == record["step"]
+    except UserError:
+        return False
 
 
 def _score(record: dict[str, Any], metric: str) -> float:

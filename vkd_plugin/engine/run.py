@@ -124,7 +124,7 @@ def _train(
         trainer.resume(checkpoint)
         logger.info("resumed from %s after epoch %d", checkpoint, trainer.epoch)
     elif trainer.epoch >= trainer.box.num_epochs:
-        raise UserError(f"nothing to train: it starts at epoch {trainer.epoch}, and num_epochs is {trainer.box.num_epochs}")
+        raise UserError(f"nothing to train: from epoch {trainer.epoch} on, and num_epochs is {trainer.box.num_epochs}")
     processes.barrier()  # all have read the checkpoint
     if folder is not None:  # nothing was written up to here: a mistake in the configuration costs nothing
         if checkpoint is None:

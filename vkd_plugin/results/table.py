@@ -45,7 +45,7 @@ class Row:
     @property
     def slug(self) -> str:
         """The row's name as a folder name."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return re.sub(r"[\W_]+", "-", self.name.lower()).strip("-")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def load_table(path: str | Path) -> Table:
     """
     path = Path(path)
     try:
-        node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        node = yaml.compose(path.read_text("utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -90,21 +90,26 @@ def load_table(path: str | Path) -> Table:
         raise ConfigError("'rows' should be a list of rows", _where(path, top["rows"]))
     for item in top["rows"].value:
         row = _mapping(path, item, "a row", _ROW_KEYS, ("name", "config"))
-        config = _plain(row["config"])
+        config = _plain(path, row["config"])
         if not isinstance(config, str) or not Path(config).is_file():
             raise ConfigError(f"no experiment file '{config}'", _where(path, row["config"]))
-        changes = _plain(row["set"]) if "set" in row else []
+        changes = _plain(path, row["set"]) if "set" in row else []
         if not isinstance(changes, list) or not all(isinstance(c, str) for c in changes):
             raise ConfigError("'set' should be a list of 'a.b.c=value'", _where(path, row["set"]))
-        rows.append(Row(str(_plain(row["name"])), config, tuple(changes)))
+        rows.append(Row(_text(path, row["name"], "name"), config, tuple(changes)))
+        if not rows[-1].slug:
+            raise ConfigError("'name' should have a letter or a digit", _where(path, row["name"]))
     slugs = [row.slug for row in rows]
     for index, slug in enumerate(slugs):
         if slug in slugs[:index]:
             raise ConfigError(f"two rows are named '{rows[index].name}'", _where(path, top["rows"].value[index]))
-    seeds = _plain(top["seeds"]) if "seeds" in top else [0]
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) for s in seeds):
-        raise ConfigError("'seeds' should be a list of integers", _where(path, top["seeds"]))
-    return Table(path, str(_plain(top["title"])), str(_plain(top["metric"])), tuple(seeds), tuple(rows))
+    seeds = _plain(path, top["seeds"]) if "seeds" in top else [0]
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int and s >= 0 for s in seeds):
+        raise ConfigError("'seeds' should be a list of integers, none negative", _where(path, top["seeds"]))
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError("'seeds' names one seed twice", _where(path, top["seeds"]))
+    title, metric = (_text(path, top[key], key) for key in ("title", "metric"))
+    return Table(path, title, metric, tuple(seeds), tuple(rows))
 
 
 def run_missing(table: Table, device: str | None = None) -> None:
@@ -152,14 +157,24 @@ def _cells(table: Table, row: Row) -> list[str]:
     values = [_value(summary, table.metric) for summary in summaries]
     if not values:
         return [row.name, "-", "0", "-"]
-    minutes = statistics.mean(summary["wall_seconds"] for summary in summaries) / 60
+    minutes = statistics.mean(_value(summary, "wall_seconds") for summary in summaries) / 60
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return [row.name, f"{statistics.mean(values):.2f}{deviation}", str(len(values)), f"{minutes:.1f}"]
 
 
 def _summary(table: Table, row: Row, seed: int) -> dict[str, Any] | None:
+    """What the row's run recorded; None without one, or where it was another experiment than the row is now."""
     file = table.folder(row, seed) / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        summary = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a run's summary: {error}") from None
+    if not isinstance(summary, dict):
+        raise UserError(f"{file}: not a run's summary: no mapping")
+    ran = (summary.get("config", row.config), summary.get("overrides", [*row.overrides]))
+    return summary if ran == (row.config, [*row.overrides]) else None
 
 
 def _value(summary: dict[str, Any], metric: str) -> float:
@@ -169,6 +184,8 @@ def _value(summary: dict[str, Any], metric: str) -> float:
             choices = value if isinstance(value, dict) else ()
             raise UserError(f"metric '{metric}': the runs' summary.json has no '{key}'{nearest(key, choices)}")
         value = value[key]
+    if not isinstance(value, (int, float)):
+        raise UserError(f"metric '{metric}': the runs' summary.json holds no number there, but {json.dumps(value)}")
     return float(value)
 
 
@@ -177,18 +194,35 @@ def _mapping(
 ) -> dict[str, yaml.Node]:
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{what} should be a mapping with the keys {', '.join(known)}", _where(path, node))
-    found = {key.value: value for key, value in node.value}
-    for key, _ in node.value:
+    found: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"a key of {what} should be one of {', '.join(known)}", _where(path, key))
         if key.value not in known:
             raise ConfigError(f"unknown key '{key.value}' in {what}{nearest(key.value, known)}", _where(path, key))
+        if key.value in found:
+            raise ConfigError(f"key '{key.value}' is written twice", _where(path, key))
+        found[key.value] = value
     for name in required:
         if name not in found:
             raise ConfigError(f"{what} needs '{name}'", _where(path, node))
     return found
 
 
-def _plain(node: yaml.Node) -> Any:
-    return yaml.SafeLoader("").construct_object(node, deep=True)
+def _plain(path: Path, node: yaml.Node) -> Any:
+    try:
+        return yaml.SafeLoader("").construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(str(error.problem), _where(path, node)) from None
+    except ValueError as error:  # a date or a number that is none
+        raise ConfigError(str(error), _where(path, node)) from None
+
+
+def _text(path: Path, node: yaml.Node, key: str) -> str:
+    value = _plain(path, node)
+    if value is None or isinstance(value, (dict, list)):
+        raise ConfigError(f"'{key}' should be text", _where(path, node))
+    return str(value)
 
 
 def _where(path: Path, node: yaml.Node | None) -> str:

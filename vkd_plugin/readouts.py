@@ -18,6 +18,15 @@ def _check(x: Tensor, dims: int, layout: str, name: str) -> None:
         raise ValueError(f"readout '{name}' reads {layout}, got a tensor of shape {tuple(x.shape)}")
 
 
+def _patch_tokens(x: Tensor, num_prefix_tokens: int, name: str) -> Tensor:
+    _check(x, 3, "tokens (B, T, C)", name)
+    if num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens={num_prefix_tokens} should not be negative")
+    if num_prefix_tokens >= x.shape[1]:
+        raise ValueError(f"num_prefix_tokens={num_prefix_tokens} leaves none of the {x.shape[1]} tokens")
+    return x[:, num_prefix_tokens:]
+
+
 def identity(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """What the layer puts out, unchanged."""
     return x
@@ -25,10 +34,7 @@ def identity(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
 
 def mean_patch_tokens(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """(B, T, C) to (B, C): the mean over the patch tokens, prefix tokens left out (the paper's student feature)."""
-    _check(x, 3, "tokens (B, T, C)", "mean_patch_tokens")
-    if num_prefix_tokens >= x.shape[1]:
-        raise ValueError(f"num_prefix_tokens={num_prefix_tokens} leaves none of the {x.shape[1]} tokens")
-    return x[:, num_prefix_tokens:].mean(dim=1)
+    return _patch_tokens(x, num_prefix_tokens, "mean_patch_tokens").mean(dim=1)
 
 
 def class_token(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
@@ -47,8 +53,7 @@ def distillation_token(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
 
 def every_token(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     """(B, T, C) to (B * (T - num_prefix_tokens), C): every patch token is a row."""
-    _check(x, 3, "tokens (B, T, C)", "every_token")
-    return x[:, num_prefix_tokens:].reshape(-1, x.shape[-1])
+    return _patch_tokens(x, num_prefix_tokens, "every_token").reshape(-1, x.shape[-1])
 
 
 def spatial_mean(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:

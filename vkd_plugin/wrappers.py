@@ -174,8 +174,11 @@ class ProjectedStudent(AuxiliaryModelWrapper):
             output = self.model(*args, **kwargs)
         finally:
             del by_thread[thread]
-        if not torch.is_inference_mode_enabled():  # evaluation has no use for the projections
+        # Evaluation has no use for the projections. The question breaks graphs, so it is not asked in one.
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             for feature in self._projected():
+                if (feature.module_path, feature.io) not in values:
+                    raise ValueError(f"module '{feature.module_path}' does not run in the student's forward pass")
                 feature(values[feature.module_path, feature.io])
         return output
 

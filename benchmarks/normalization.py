@@ -70,9 +70,7 @@ def measure(rows: int, channels: int, rounds: int, device: str) -> dict[str, dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--channels", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=20)

@@ -44,9 +44,7 @@ def test_distances_by_hand() -> None:
 
 def test_log_sum_is_the_feature_term_of_srd() -> None:
     student, teacher, logits = rand(5, 7), rand(5, 7, seed=1), rand(5, 3)
-    srd = SRDLoss(
-        "norm", "output", "norm", "output", "fc", "output", "fc", "output", exponent=4.0, temperature=1.0
-    )
+    srd = SRDLoss("norm", "output", "norm", "output", "fc", "output", "fc", "output", exponent=4.0, temperature=1.0)
     io_dicts = [{"norm": {"output": z}, "fc": {"output": logits}} for z in (student, teacher)]
     loss = VkDLoss("none", "log_sum", alpha=4.0)
     torch.testing.assert_close(2 * loss(student, teacher), srd(*io_dicts), rtol=1e-12, atol=1e-12)
@@ -199,9 +197,7 @@ def test_pair_reads_hooked_modules() -> None:
         teacher={"module": "conv", "readout": "spatial_mean"},
     )
     assert pair(io, io, None).item() == pytest.approx(0, abs=1e-30)
-    pair = FeaturePair(
-        SoftTargetKLLoss(), {"module": "head"}, {"module": ".", "index": 0, "readout": "identity"}
-    )
+    pair = FeaturePair(SoftTargetKLLoss(), {"module": "head"}, {"module": ".", "index": 0, "readout": "identity"})
     assert pair(io, io).item() == pytest.approx(0, abs=1e-12)
 
 

@@ -20,9 +20,7 @@ TALL, WIDE = (14, 5), (5, 9)
 def features(n: int, c: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Correlated channels of different scale, far from zero mean."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, c, generator=g, dtype=torch.float64) @ torch.randn(
-        c, c, generator=g, dtype=torch.float64
-    )
+    x = torch.randn(n, c, generator=g, dtype=torch.float64) @ torch.randn(c, c, generator=g, dtype=torch.float64)
     return (x * torch.logspace(-1, 1, c, dtype=torch.float64) + torch.arange(c)).to(dtype)
 
 
@@ -108,9 +106,7 @@ def test_l2_rows_have_norm_one(n: int, c: int, seed: int) -> None:
     condition=st.sampled_from([1.0, 1e2, 1e4]),
 )
 @settings(max_examples=40, deadline=None)
-def test_whitened_covariance_is_the_identity(
-    c: int, more: int, seed: int, decades: int, condition: float
-) -> None:
+def test_whitened_covariance_is_the_identity(c: int, more: int, seed: int, decades: int, condition: float) -> None:
     """In float32, for any scale of each channel, with more rows than channels."""
     g = torch.Generator().manual_seed(seed)
     scale = 10.0 ** (decades * (torch.rand(c, generator=g, dtype=torch.float64) - 0.5))
@@ -173,9 +169,7 @@ def test_order_of_channels_does_not_matter(method: str, shape: tuple[int, int]) 
 @pytest.mark.parametrize("shape", [(64, 6), WIDE, (1, 4)])
 @pytest.mark.parametrize("method", OVER_ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_constant_channel_is_zero(
-    method: str, shape: tuple[int, int], value: float, dtype: torch.dtype
-) -> None:
+def test_constant_channel_is_zero(method: str, shape: tuple[int, int], value: float, dtype: torch.dtype) -> None:
     x = features(*shape, dtype=dtype)
     x[:, 1] = value
     y = normalize(x, method)

@@ -23,15 +23,11 @@ def test_map_readouts() -> None:
     expected = torch.stack([torch.stack([MAP[b, c].mean() for c in range(3)]) for b in range(2)])
     torch.testing.assert_close(READOUTS["spatial_mean"](MAP), expected)
     rows = READOUTS["every_location"](MAP)
-    assert torch.equal(
-        rows, torch.stack([MAP[b, :, i, j] for b in range(2) for i in range(4) for j in range(5)])
-    )
+    assert torch.equal(rows, torch.stack([MAP[b, :, i, j] for b in range(2) for i in range(4) for j in range(5)]))
     assert READOUTS["identity"](MAP) is MAP
 
 
-@pytest.mark.parametrize(
-    ("name", "x"), [("mean_patch_tokens", MAP), ("spatial_mean", TOKENS), ("class_token", MAP)]
-)
+@pytest.mark.parametrize(("name", "x"), [("mean_patch_tokens", MAP), ("spatial_mean", TOKENS), ("class_token", MAP)])
 def test_a_shape_that_does_not_fit_is_named(name: str, x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=rf"readout '{name}' reads .*, got a tensor of shape"):
         READOUTS[name](x)

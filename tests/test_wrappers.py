@@ -219,9 +219,7 @@ def _train_config() -> dict[str, Any]:
 def _box(train_config: dict[str, Any]) -> DistillationBox:
     data = torch.utils.data.TensorDataset(torch.randn(16, 1, 8, 8), torch.randint(0, 3, (16,)))
     device = torch.device("cpu")
-    return DistillationBox(
-        ConvTeacher(), TokenStudent(), {"data": data}, train_config, device, None, False, 1
-    )
+    return DistillationBox(ConvTeacher(), TokenStudent(), {"data": data}, train_config, device, None, False, 1)
 
 
 def test_in_torchdistills_own_box_sizes_are_inferred_and_everything_trains() -> None:

@@ -50,9 +50,7 @@ class Feature:
         """
         known = [f.name for f in fields(cls) if f.name != "side"]
         if not isinstance(config, Mapping) or "module" not in config:
-            raise TypeError(
-                f"{side} must be a mapping with a 'module' and perhaps other keys, got {config!r}"
-            )
+            raise TypeError(f"{side} must be a mapping with a 'module' and perhaps other keys, got {config!r}")
         for key in config:
             if key not in known:
                 raise TypeError(f"{side} has no key '{key}'{nearest(key, known)}")
@@ -93,9 +91,7 @@ class Feature:
                     f"no index {self.index!r} in the {self._where}, which is {_describe(value)}"
                 ) from None
         if not isinstance(picked, Tensor):
-            raise ConfigError(
-                f"the {self._where} is {_describe(picked)}, not a tensor: choose one with 'index'"
-            )
+            raise ConfigError(f"the {self._where} is {_describe(picked)}, not a tensor: choose one with 'index'")
         return picked
 
     @property
@@ -138,9 +134,7 @@ class FeaturePair(nn.Module):
         return self.criterion(self.student.read(student_io_dict), self.teacher.read(teacher_io_dict))
 
     def extra_repr(self) -> str:
-        return "\n".join(
-            f"{f.side}: {f.readout} of {f.io} of '{f.module}'" for f in (self.student, self.teacher)
-        )
+        return "\n".join(f"{f.side}: {f.readout} of {f.io} of '{f.module}'" for f in (self.student, self.teacher))
 
 
 def _describe(value: object) -> str:

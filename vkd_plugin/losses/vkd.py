@@ -107,13 +107,9 @@ def check_rows(student: Tensor, teacher: Tensor) -> None:
     """
     shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
     if student.dim() != 2 or teacher.dim() != 2:
-        raise ValueError(
-            f"features must be rows (N, C), got {shapes}: choose a readout that makes rows of them"
-        )
+        raise ValueError(f"features must be rows (N, C), got {shapes}: choose a readout that makes rows of them")
     if student.shape[0] != teacher.shape[0]:
-        raise ValueError(
-            f"student and teacher must have the same rows, got {shapes}: their readouts do not match"
-        )
+        raise ValueError(f"student and teacher must have the same rows, got {shapes}: their readouts do not match")
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"student and teacher must have the same channels, got {shapes}: the student needs a projector "

@@ -44,13 +44,13 @@ def test_optional_keys_can_be_added_with_what_leads_to_them() -> None:
     train = load(
         "distill",
         "train.amp.dtype=bfloat16",
-        "train.compile.student.mode=reduce-overhead",
+        "train.compile.student=reduce-overhead",
         "train.optimizer.kwargs.nesterov=True",
         "train.train_data_loader.sampler.kwargs={}",
         "_anything=1",
     ).data["train"]
     assert train["amp"] == {"dtype": "bfloat16"}
-    assert train["compile"] == {"student": {"mode": "reduce-overhead"}}
+    assert train["compile"] == {"student": "reduce-overhead"}
     assert train["optimizer"]["kwargs"]["nesterov"] is True
 
 

@@ -85,8 +85,8 @@ class RunFolder:
     def go_on(self, checkpoint: Path, epoch: int) -> list[dict[str, Any]]:
         """Makes the folder what it was after ``epoch`` epochs of the run that ``checkpoint`` is from.
 
-        Epochs that the checkpoint does not know are dropped. If it is another folder's, its run goes on here, and
-        a run that this folder holds is moved aside.
+        Epochs that the checkpoint does not know are dropped, and files that a killed process left unfinished. If it
+        is another folder's, its run goes on here, and a run that this folder holds is moved aside.
 
         Returns:
             The records of ``metrics.jsonl``.
@@ -98,6 +98,8 @@ class RunFolder:
             best = source / "checkpoints" / "best.pt"
             if best.is_file():
                 shutil.copyfile(best, self.best)
+        for unfinished in self.last.parent.glob("*.tmp"):
+            unfinished.unlink()
         self.write_metrics(records)
         return records
 

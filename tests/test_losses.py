@@ -341,3 +341,9 @@ def test_yaml_of_the_docstring_builds_the_class(cls: type[nn.Module]) -> None:
     assert weight == 1.0
     assert any(type(m) is cls for m in module.modules())
     assert cls.__name__ in str(criterion)
+
+
+def test_a_readout_that_leaves_prefix_tokens_out_must_be_told_how_many() -> None:
+    message = "teacher: readout 'mean_patch_tokens' needs num_prefix_tokens"
+    with pytest.raises(ValueError, match=message):
+        FeaturePair(nn.MSELoss(), {"module": "a"}, {"module": "b", "readout": "mean_patch_tokens"})

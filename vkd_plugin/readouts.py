@@ -76,6 +76,10 @@ READOUTS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
+# Those that leave prefix tokens out, and so have to be told how many there are.
+PREFIX_READOUTS = ("mean_patch_tokens", "every_token")
+
+
 def get_readout(name: str) -> Callable[..., Tensor]:
     """The readout called ``name``.
 

@@ -18,10 +18,8 @@ from .errors import BadValue
 from .host import Setup, current_setup
 from .projectors import OrthogonalProjector, build_projector
 from .random_state import generators_restored
-from .readouts import get_readout
+from .readouts import PREFIX_READOUTS, get_readout
 from .suggest import nearest
-
-_PREFIX_READOUTS = ("mean_patch_tokens", "every_token")
 
 
 class ProjectedFeature(nn.Module):
@@ -253,7 +251,7 @@ def _feature_spec(name: str, spec: Mapping[str, Any], student: nn.Module) -> dic
     except ValueError as error:
         raise BadValue(f"feature '{name}': {error}", readout) from None
     prefix = spec.get("num_prefix_tokens", getattr(student, "num_prefix_tokens", None))
-    if prefix is None and readout in _PREFIX_READOUTS:
+    if prefix is None and readout in PREFIX_READOUTS:
         raise ValueError(
             f"feature '{name}': {type(student).__name__} does not say how many class and distillation tokens it "
             f"has; give num_prefix_tokens (0 if none)"

@@ -161,6 +161,7 @@ def _test(
         return {}
     processes.barrier()  # the main process has written the checkpoint
     source = _student_weights(experiment, path)
+    logger.info("testing the student of %s", source)
     fit_weights(student, load_weights(source), source)
     precision = Precision(experiment.data["train"].get("amp") if "train" in experiment.data else None, processes.device)
     models: list[tuple[str, nn.Module]] = [("student", student)]

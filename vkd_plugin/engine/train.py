@@ -182,6 +182,8 @@ class Trainer:
         record |= {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
         record |= self._validate()
         record |= {f"orthogonality_error/{name}": value for name, value in errors.items()}
+        if self.precision.scaler.is_enabled():
+            record["scaler_scale"] = self.precision.scaler.get_scale()
         record["images_per_s"] = round(speed, 1)
         self.epoch, self.batch = self.epoch + 1, 0
         return record

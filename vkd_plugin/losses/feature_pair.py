@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..arguments import one_of
 from ..errors import ConfigError
-from ..readouts import get_readout
+from ..readouts import PREFIX_READOUTS, get_readout
 from ..suggest import nearest
 
 IODict = Mapping[str, Mapping[str, Any]]
@@ -23,23 +23,29 @@ class Feature:
         module: path of the hooked module, ``.`` for the whole model.
         io: ``output`` or ``input`` of that module.
         readout: a name of :mod:`vkd_plugin.readouts`.
-        num_prefix_tokens: class and distillation tokens in front of the patch tokens, for the readout.
+        num_prefix_tokens: class and distillation tokens in front of the patch tokens; required by the readouts that
+            leave them out, as a wrong number would go unnoticed.
         index: which part of a tuple, list or dict, if the module puts out one.
 
     Raises:
-        ValueError: an unknown ``io`` or ``readout`` (the nearest is named).
+        ValueError: an unknown ``io`` or ``readout`` (the nearest is named), or ``num_prefix_tokens`` is missing.
     """
 
     side: str
     module: str
     io: str = "output"
     readout: str = "identity"
-    num_prefix_tokens: int = 0
+    num_prefix_tokens: int | None = None
     index: int | str | None = None
 
     def __post_init__(self) -> None:
         one_of("io", self.io, ("output", "input"))
         get_readout(self.readout)
+        if self.num_prefix_tokens is None and self.readout in PREFIX_READOUTS:
+            raise ValueError(
+                f"{self.side}: readout '{self.readout}' needs num_prefix_tokens, the number of class and "
+                "distillation tokens in front of the patch tokens (0 if none)"
+            )
 
     @classmethod
     def from_config(cls, side: str, config: Mapping[str, Any]) -> "Feature":
@@ -79,7 +85,7 @@ class Feature:
                 f"the loss reads the {self.io} of module '{self.module}' of the {self.side}, but only its "
                 f"{' and '.join(hooked[self.module])} is hooked: list it under forward_hook: {self.io}"
             )
-        return get_readout(self.readout)(self._pick(io_dict[self.module][self.io]), self.num_prefix_tokens)
+        return get_readout(self.readout)(self._pick(io_dict[self.module][self.io]), self.num_prefix_tokens or 0)
 
     def _pick(self, value: Any) -> Tensor:
         picked = value
@@ -114,7 +120,7 @@ class FeaturePair(nn.Module):
 
     Args:
         criterion: a loss of two tensors.
-        student: ``{module, io: 'output', readout: 'identity', num_prefix_tokens: 0, index: null}``, as in
+        student: ``{module, io: 'output', readout: 'identity', num_prefix_tokens, index}``, as in
             :class:`Feature`.
         teacher: likewise.
 

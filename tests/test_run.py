@@ -310,6 +310,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
 
 
+def test_a_readout_that_does_not_fit_is_blamed_at_its_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "experiment.yaml"
+    text = Path(VKD).read_text()
+    file.write_text(text.replace("readout: 'spatial_mean'", "readout: 'class_token'"))
+    line = 1 + text[: text.index("readout: 'spatial_mean'")].count("\n")
+    projector = "train.student.auxiliary_model_wrapper.kwargs.features.tokens.projector"
+    _run(str(file), tmp_path / "run", "--set", f"{projector}.out_features=128", expect=2)
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {file}:{line}: ")
+    assert "output of module 'final_conv' of the teacher: readout 'class_token' reads tokens (B, T, C)" in err
+
+
 def test_bad_input_leaves_an_earlier_run_where_it_is(tmp_path: Path) -> None:
     _run(VKD, tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..arguments import one_of
-from ..errors import ConfigError
+from ..errors import BadValue, ConfigError
 from ..readouts import PREFIX_READOUTS, get_readout
 from ..suggest import nearest
 
@@ -67,7 +67,7 @@ class Feature:
 
         Raises:
             ConfigError: nothing was hooked there; the message names what was.
-            ValueError: the readout does not fit the layer.
+            BadValue: the readout does not fit the layer.
         """
         hooked = {path: list(io) for path, io in io_dict.items() if io}
         if self.module not in hooked:
@@ -85,7 +85,11 @@ class Feature:
                 f"the loss reads the {self.io} of module '{self.module}' of the {self.side}, but only its "
                 f"{' and '.join(hooked[self.module])} is hooked: list it under forward_hook: {self.io}"
             )
-        return get_readout(self.readout)(self._pick(io_dict[self.module][self.io]), self.num_prefix_tokens or 0)
+        value = self._pick(io_dict[self.module][self.io])
+        try:
+            return get_readout(self.readout)(value, self.num_prefix_tokens or 0)
+        except ValueError as error:
+            raise BadValue(f"{self._where}: {error}", self.readout) from None
 
     def _pick(self, value: Any) -> Tensor:
         picked = value

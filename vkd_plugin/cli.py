@@ -90,7 +90,7 @@ def _table_parser() -> argparse.ArgumentParser:
 def _train(argv: Sequence[str]) -> int:
     options = vars(parser().parse_args(argv))
     options.pop("world_size")
-    from .engine.run import Options, run  # after parsing: --help should not wait for torch
+    from .engine.run import Options, run  # here: what only training needs
 
     return run(Options(**options))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .arguments import one_of
 from .numerics import without_autocast
 from .stiefel import BASE_MAPS, ORTHOGONAL_MAPS, orthogonalize
 from .suggest import nearest
@@ -59,8 +60,7 @@ class OrthogonalProjector(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if orthogonal_map not in ORTHOGONAL_MAPS:
-            raise ValueError(f"no orthogonal_map '{orthogonal_map}'{nearest(orthogonal_map, ORTHOGONAL_MAPS)}")
+        one_of("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
         if in_features < 1 or out_features < 1:
             raise ValueError(f"a projector needs sizes of at least 1, got {in_features} to {out_features}")
         self.in_features = in_features
@@ -328,8 +328,7 @@ def build_projector(key: str, in_features: int, out_features: int, **kwargs: Any
     Raises:
         ValueError: unknown key or argument; the message names the nearest one.
     """
-    if key not in PROJECTORS:
-        raise ValueError(f"no projector '{key}'{nearest(key, PROJECTORS)}")
+    one_of("projector", key, PROJECTORS)
     known = list(inspect.signature(PROJECTORS[key]).parameters)[2:]
     for name in kwargs:
         if name not in known:

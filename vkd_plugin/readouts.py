@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .suggest import nearest
+from .arguments import one_of
 
 
 def _check(x: Tensor, dims: int, layout: str, name: str) -> None:
@@ -86,6 +86,4 @@ def get_readout(name: str) -> Callable[..., Tensor]:
     Raises:
         ValueError: no such readout; the message names the nearest one.
     """
-    if name not in READOUTS:
-        raise ValueError(f"no readout '{name}'{nearest(name, READOUTS)}")
-    return READOUTS[name]
+    return READOUTS[one_of("readout", name, READOUTS)]

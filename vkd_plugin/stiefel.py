@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .suggest import nearest
+from .arguments import one_of
 
 # Up to this bound of the generator's norm float32 is enough: its Gram matrix costs eps * norm^2 of orthonormality
 # (and the bound is above the norm by half or more where it matters).
@@ -88,8 +88,7 @@ def orthogonalize(weight: Tensor, orthogonal_map: str = "matrix_exp", *, base: T
     Sci. Comput. 42 (2020) (shifted Cholesky QR); Higham, SIAM J. Sci. Stat. Comput. 7 (1986) (polar factor by
     scaled Newton).
     """
-    if orthogonal_map not in ORTHOGONAL_MAPS:
-        raise ValueError(f"no orthogonal_map '{orthogonal_map}'{nearest(orthogonal_map, ORTHOGONAL_MAPS)}")
+    one_of("orthogonal_map", orthogonal_map, ORTHOGONAL_MAPS)
     if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
         raise ValueError(
             f"expected a real floating-point matrix (n, k), got shape {tuple(weight.shape)} of {weight.dtype}"

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
-from ..suggest import nearest
+from ..arguments import one_of
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,6 +17,9 @@ class Precision:
         amp: ``{dtype: 'bfloat16' | 'float16'}``, or None for full precision.
         device: where training runs.
 
+    Raises:
+        ValueError: another dtype.
+
     Attributes:
         dtype: the autocast dtype, None in full precision.
         scaler: scales the loss so that small float16 gradients do not underflow; disabled (and free) otherwise.
@@ -27,10 +29,7 @@ class Precision:
         self.device = device
         self.dtype: torch.dtype | None = None
         if amp:
-            name = str(amp.get("dtype", "bfloat16"))
-            if name not in _DTYPES:
-                raise UserError(f"no amp dtype '{name}'{nearest(name, _DTYPES)}")
-            self.dtype = _DTYPES[name]
+            self.dtype = _DTYPES[one_of("amp dtype", amp.get("dtype", "bfloat16"), _DTYPES)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -79,7 +79,7 @@ def run(options: Options) -> int:
                 tested = _test(options, experiment, teacher, student, processes, path)
                 if folder is not None:
                     folder.write_summary(_summary(options, result, tested, processes, elapsed(started)))
-                    _write_student(experiment, student_section, folder)
+                    _write_student(experiment, folder)
         finally:
             if folder is not None:
                 folder.close()
@@ -151,19 +151,16 @@ def _test(
     path: Path,
 ) -> dict[str, dict[str, float]]:
     """Evaluates the teacher and the best student on the ``test`` section's data."""
-    loader_config = (experiment.data.get("test") or {}).get("test_data_loader")
-    if not loader_config:
-        return {}
+    loader_config = experiment.data["test"]["test_data_loader"]
     with blame(experiment, "test"):
         load = loader_factory(options.seed, processes.rank, processes.world_size)
         (loader,) = load(experiment.data["datasets"], [loader_config], processes.distributed)
-    if loader is None:
-        return {}
+    assert loader is not None  # a test loader without a dataset_id is an error of the configuration
     processes.barrier()  # the main process has written the checkpoint
     source = _student_weights(experiment, path)
     logger.info("testing the student of %s", source)
     fit_weights(student, load_weights(source), source)
-    precision = Precision(experiment.data["train"].get("amp") if "train" in experiment.data else None, processes.device)
+    precision = Precision(experiment.data["train"].get("amp"), processes.device)
     models: list[tuple[str, nn.Module]] = [("student", student)]
     if teacher is not None and not options.student_only:
         models.insert(0, ("teacher", teacher))
@@ -181,20 +178,24 @@ def _student_weights(experiment: Experiment, path: Path) -> Path:
     best = path / "checkpoints" / "best.pt"
     if best.exists():
         return best
-    _, section = model_sections(experiment)
-    target = experiment.data["models"][section].get("dst_ckpt")
-    if target and Path(os.path.expanduser(target)).exists():
-        return Path(os.path.expanduser(target))
+    target = _dst_ckpt(experiment)
+    if target is not None and target.exists():
+        return target
     raise UserError(f"no weights to test: neither {best} nor {target or 'a dst_ckpt'} exists")
 
 
-def _write_student(experiment: Experiment, section: str, folder: RunFolder) -> None:
-    """The best student at ``dst_ckpt``, where torchdistill's scripts would put it."""
+def _dst_ckpt(experiment: Experiment) -> Path | None:
+    _, section = model_sections(experiment)
     target = experiment.data["models"][section].get("dst_ckpt")
-    if target and folder.best.exists():
+    return Path(os.path.expanduser(target)) if target else None
+
+
+def _write_student(experiment: Experiment, folder: RunFolder) -> None:
+    """The best student at ``dst_ckpt``, where torchdistill's scripts would put it."""
+    target = _dst_ckpt(experiment)
+    if target is not None and folder.best.exists():
         best = read_checkpoint(folder.best)
-        kept = {"model": best["model"], "best_value": best["best_value"]}
-        save_atomically(kept, Path(os.path.expanduser(target)))
+        save_atomically({"model": best["model"], "best_value": best["best_value"]}, target)
 
 
 def _summary(

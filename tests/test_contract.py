@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torchdistill.losses.registry import LOW_LEVEL_LOSS_DICT
 from vkd_plugin import OrthogonalProjector, VkDLoss, normalize, orthogonalize
 from vkd_plugin.cli import main
 from vkd_plugin.config import load_experiment
+from vkd_plugin.engine.loaders import position_at, set_position
 from vkd_plugin.engine.processes import Processes
 from vkd_plugin.engine.records import RunFolder, default_output, read_metrics
 from vkd_plugin.engine.train import Trainer
@@ -257,7 +259,8 @@ def test_the_home_folder_is_understood(finished: Path) -> None:
 
 def _resumed(folder: Path, checkpoint: str = "auto", *more: str) -> list[dict[str, Any]]:
     two = ["--set", "train.num_epochs=2", "--set", "train.scheduler.kwargs.total_steps=40"]
-    arguments = ["--config", VKD, *SHORT, *two, "--output", str(folder), "--resume", checkpoint, *more]
+    arguments = ["--config", VKD, *SHORT, *two, "--output", str(folder), "--resume", checkpoint]
+    arguments += ["--allow-config-change", *more]
     assert main(arguments) == 0
     return read_metrics(folder)
 
@@ -295,7 +298,7 @@ def test_resuming_elsewhere_moves_a_run_there_aside_and_brings_the_best_along(fi
 def test_another_seed_is_said(finished: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(finished / "run", tmp_path / "run")
     _resumed(tmp_path / "run", "auto", "--seed", "3")
-    assert "was trained with another seed" in capfd.readouterr().err
+    assert "--seed: 0 -> 3" in capfd.readouterr().err
 
 
 def test_folders_that_are_not_to_be_moved(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,10 +331,17 @@ def test_within_an_epoch_another_batch_size_goes_on_at_the_same_sample(tmp_path:
         return Trainer(experiment, digits_cnn(), digits_vit(), Processes(0, 1, torch.device("cpu")), None, 0)
 
     before, after = trainer(16), trainer(32)
-    before.batch = before.step = 4
-    torch.save(before.state(), tmp_path / "last.pt")
-    after.resume(tmp_path / "last.pt")
-    assert (after.batch, after.step) == (2, 4)
+    loader = before.box.train_data_loader
+    set_position(loader, 0)
+    seen = [index for batch in islice(loader.batch_sampler, 3) for index in batch.indices]
+    before.step, before.position = 3, position_at(loader, 3)
+    after.resume(before.state(), tmp_path / "last.pt")
+    assert (after.position.batches, after.position.samples, after.step) == (3, 48, 3)
+    set_position(after.box.train_data_loader, 0, after.position)
+    left = [index for batch in after.box.train_data_loader.batch_sampler for index in batch.indices]
+    assert not set(seen) & set(left)
+    size = len(loader.dataset)
+    assert len(set(seen + left)) == len(seen) + len(left) == 48 + (size - 48) // 32 * 32  # drop_last
 
 
 # Several processes.
@@ -369,9 +379,9 @@ sys.exit(main(sys.argv[1:]))
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stderr.count("error: stopped at step 3, all saved") == 1, done.stderr
+    assert done.stderr.count("error: stopped at step 4, all saved") == 1, done.stderr
     assert re.findall(r"exitcode +: (\d+)", done.stderr) == ["75", "75"]
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["batch"] == 3
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["batch"] == 4
 
 
 def test_what_one_process_cannot_do_ends_all_of_them_and_is_said_once(tmp_path: Path) -> None:

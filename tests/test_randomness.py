@@ -23,7 +23,7 @@ from torchdistill.datasets.registry import BATCH_SAMPLER_DICT, get_collate_func
 from torchdistill.datasets.util import build_data_loader
 
 from vkd_plugin.datasets import MixingCollator
-from vkd_plugin.engine.loaders import EpochSampler, build_loader, loader_factory, set_epoch
+from vkd_plugin.engine.loaders import EpochSampler, Position, build_loader, loader_factory, set_position
 from vkd_plugin.engine.randomness import AddressedDataset, address, addressed, stable_hash
 from vkd_plugin.errors import UserError
 
@@ -51,7 +51,7 @@ def make(train=True, seed=0, rank=0, world_size=1, config=None, **kwargs):
 
 def epoch_of(loader, epoch=0, first_batch=0):
     """The batches of an epoch as nested lists."""
-    set_epoch(loader, epoch, first_batch)
+    set_position(loader, epoch, Position(first_batch, None))
     return [(samples.tolist(), labels.tolist()) for samples, labels in loader]
 
 
@@ -377,7 +377,7 @@ class Images(torch.utils.data.Dataset):
 def mixed_epoch(collate, epoch=0, supplement=False, **kwargs):
     config = {"collate_fn": collate, "kwargs": {"batch_size": 4, **kwargs.pop("kwargs", {})}}
     loader = build_loader(Images(supplement=supplement), config, train=True, seed=0, **kwargs)
-    set_epoch(loader, epoch)
+    set_position(loader, epoch)
     return [tuple(part.tolist() if torch.is_tensor(part) else part for part in batch) for batch in loader]
 
 

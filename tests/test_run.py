@@ -17,6 +17,7 @@ import torch
 import vkd_plugin
 from vkd_plugin.cli import main
 from vkd_plugin.engine.box import EngineBox
+from vkd_plugin.engine.records import MEASURED
 from vkd_plugin.models import digits_vit
 from vkd_plugin.models.weights import read_checkpoint
 
@@ -47,7 +48,7 @@ def _dst(output: Path, config: str = VKD) -> list[str]:
 def _metrics(output: Path) -> list[dict[str, Any]]:
     file = output / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.exists() else []
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def test_a_run_writes_what_the_documentation_says(tmp_path: Path) -> None:
@@ -144,8 +145,9 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
 def test_checkpoints_every_so_many_steps_and_epochs(tmp_path: Path) -> None:
     _run(VKD, tmp_path / "run", "--set", "train.checkpoint={every_steps: 5, keep: 1}", "--set", "train.num_epochs=1")
     folder = tmp_path / "run" / "checkpoints"
-    assert {p.name for p in folder.iterdir()} == {"last.pt", "best.pt", "epoch1.pt"}
-    assert read_checkpoint(folder / "epoch1.pt")["step"] == 12
+    assert {p.name for p in folder.iterdir()} == {"last.pt", "previous.pt", "best.pt", "epoch1.pt"}
+    steps = {name: read_checkpoint(folder / f"{name}.pt")["step"] for name in ("last", "previous", "epoch1")}
+    assert steps == {"last": 12, "previous": 10, "epoch1": 12}
 
 
 def test_resuming_a_finished_run_trains_nothing_more(tmp_path: Path) -> None:

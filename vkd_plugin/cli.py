@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="auto|PATH",
         help="go on from the last checkpoint, or from PATH",
     )
+    add("--allow-config-change", action="store_true", help="resume although the experiment has changed")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     add("--seed", type=_seed, default=0, metavar="N", help="root of all randomness (default: 0)")
     add("--run_log", metavar="F", help="write the log to this file as well")

@@ -201,7 +201,11 @@ ENGINE: dict[str, Spec] = {
     "ema": Section({"decay": Number(low=0, high=1)}, ("decay",), nullable=True),
     "compile": Section({"student": COMPILE, "teacher": COMPILE}, nullable=True),
     "channels_last": Flag(),
-    "checkpoint": Section({"every_steps": COUNT, "keep": COUNT}, nullable=True),
+    "checkpoint": Section(
+        {"every_steps": COUNT, "keep": COUNT, "on_error": Text(choices=("stop", "continue"))}, nullable=True
+    ),
+    "skip_nonfinite": AMOUNT,
+    "deterministic": Flag(),
 }
 """What the engine of this package reads under ``train``; torchdistill does not."""
 

@@ -4,8 +4,9 @@ The boxes build models, hooks, criterion, optimizer and scheduler from the YAML 
 
 * data loaders address their randomness (:mod:`vkd_plugin.engine.loaders`);
 * under several processes whatever trains is in DistributedDataParallel, on CPUs too;
-* each loss term is seen (:class:`TermMeter`), without a device synchronisation;
-* the optimizer step knows gradient scaling, and leaves out gradient averaging between accumulated batches.
+* each loss term and the gradient's norm are seen, without a device synchronisation;
+* the optimizer step knows gradient scaling, leaves out gradient averaging between accumulated batches, and can
+  be left out where a number is not finite.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from ..errors import UserError
+from .meter import TermMeter
 from .precision import Precision
 
 # What EngineBox is mixed into. torchdistill has no types, so a checker lets all of a box's attributes through.
@@ -31,59 +33,6 @@ if TYPE_CHECKING:
     _Box: TypeAlias = Any
 else:
     _Box = object
-
-
-class TermMeter:
-    """The value of each loss term, before its weight, at the present step, and its mean over the epoch.
-
-    Values are taken by forward hooks on the criterion's terms and stay on the device until they are read.
-    """
-
-    def __init__(self) -> None:
-        self.now: dict[str, Tensor] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-
-    def attach(self, criterion: nn.Module) -> None:
-        """Watches the terms of a torchdistill criterion (nothing where it has none)."""
-        if not isinstance(criterion, AbstractLoss):
-            return
-        for name, (term, _) in criterion.term_dict.items():
-            term.register_forward_hook(self._hook(name))
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, value: Any) -> None:
-            if isinstance(value, Tensor):
-                self.now[name] = _scalar(value)
-
-        return hook
-
-    def count(self, loss: Tensor) -> None:
-        """Takes the step's total loss and terms into the epoch's sums."""
-        self.now = {"loss": _scalar(loss)} | {name: value for name, value in self.now.items() if name != "loss"}
-        for name, value in self.now.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
-        self._count += 1
-
-    def epoch_means(self) -> dict[str, Tensor]:
-        """Mean over the steps counted since the last call, ``loss`` and each term by name, as device scalars."""
-        means = {name: self._sums[name] / self._count for name in sorted(self._sums, key="loss".__ne__)}
-        self._sums, self.now, self._count = {}, {}, 0
-        return means
-
-    def state(self) -> dict[str, Any]:
-        """What :meth:`load_state` takes, to go on within an epoch."""
-        return {"sums": dict(self._sums), "count": self._count}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Goes on, on ``device``, with the sums of :meth:`state`."""
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self._count = state["count"]
-
-
-def _scalar(value: Tensor) -> Tensor:
-    """``value`` without gradient; some losses are of shape (1,), torchdistill's CRDLoss for one."""
-    return value.detach().float().mean()
 
 
 class EngineBox(_Box):
@@ -94,7 +43,13 @@ class EngineBox(_Box):
         precision: autocast and gradient scaler.
         terms: sees the loss terms.
         compile_modes: ``student`` and ``teacher``: True, or a mode of ``torch.compile``, compiles that side.
+        spare: leave the optimizer step out where the loss or a gradient is not finite (``skip_nonfinite``).
         args: arguments of torchdistill's box.
+
+    Attributes:
+        gradient_norm: of the last optimizer step, before clipping, on the device; None until there is one, and
+            after a forward pass.
+        gradient_norms: the parameters that have a gradient, and the norm of each, (P,).
     """
 
     def __init__(
@@ -103,13 +58,19 @@ class EngineBox(_Box):
         precision: Precision,
         terms: TermMeter,
         compile_modes: Mapping[str, bool | str | None],
+        spare: bool,
         *args: Any,
     ) -> None:
         self._load = load
         self.precision = precision
         self.terms = terms
         self.compile_modes = compile_modes
+        self.spare = spare
         self.optimizer_steps = 0
+        self.gradient_norm: Tensor | None = None
+        self.gradient_norms: tuple[list[nn.Parameter], Tensor] | None = None
+        self._spoilt: Tensor | None = None
+        self._buffers_before: list[Tensor] = []
         self._own_post_forward: Callable[..., None] | None = None
         self._alone: list[nn.Parameter] = []
         super().__init__(*args)
@@ -162,12 +123,16 @@ class EngineBox(_Box):
         self._own_post_forward = base.post_forward_process if own else None
         if own and self.precision.scaler.is_enabled():
             raise UserError("a post_forward_process of one's own cannot be combined with amp: {dtype: float16}")
+        if own and self.spare:
+            raise UserError("a post_forward_process of one's own cannot be combined with skip_nonfinite")
 
     def setup(self, train_config: dict[str, Any]) -> None:
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
         super().setup(train_config)
         if self.distributed:
             self._average_gradients()
+        if self._own_post_forward is not None:
+            self.optimizer.register_step_pre_hook(lambda *_: self._before_own_step())
         _compile(self.student, self.compile_modes.get("student"))
         if isinstance(self, DistillationBox):
             _compile(self.teacher_model, self.compile_modes.get("teacher"))
@@ -184,14 +149,15 @@ class EngineBox(_Box):
         self._alone = _outside_of_ddp(self.optimizer, self.student, getattr(self, "teacher_model", None))
         for parameter in self._alone:
             dist.broadcast(parameter.data, 0)
-        if self._own_post_forward is not None:
-            self.optimizer.register_step_pre_hook(lambda *_: self._average_alone())
 
     # A step.
 
     def forward_process(self, *args: Any, **kwargs: Any) -> Tensor:
         """Teacher, student and criterion under autocast; gradients are averaged once per optimizer step."""
+        self.gradient_norm = self.gradient_norms = None
         last = (self.stage_grad_count + 1) % self.grad_accum_step == 0
+        if self.spare and self.stage_grad_count % self.grad_accum_step == 0:
+            self._buffers_before = [buffer.clone() for buffer in self._buffers()]
         model = self.student
         averaging = model.no_sync() if not last and isinstance(model, DistributedDataParallel) else nullcontext()
         try:
@@ -215,13 +181,19 @@ class EngineBox(_Box):
         scaler, optimizer = self.precision.scaler, self.optimizer
         scaler.scale(loss / self.grad_accum_step).backward()
         stepped = self.stage_grad_count % self.grad_accum_step == 0
+        if self.spare:
+            bad = ~loss.detach().isfinite().all()
+            self._spoilt = bad if self._spoilt is None else self._spoilt | bad
         if stepped:
-            self._average_alone()
-            if self.max_grad_norm is not None:
-                scaler.unscale_(optimizer)
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-            scaler.step(optimizer)
+            self._average_alone()  # before the scaler looks for infinities, so that all processes find the same
+            scaler.unscale_(optimizer)
+            self._measure_gradients()
+            if self.max_grad_norm is not None and self.gradient_norm is not None:
+                nn.utils.clip_grads_with_norm_(self._trained(), self.max_grad_norm, self.gradient_norm)
+            if self.spare:
+                self._step_unless_spoilt()
+            else:
+                scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             self.optimizer_steps += 1
@@ -233,6 +205,55 @@ class EngineBox(_Box):
                 scheduler.step(self.stage_grad_count // every)
             else:
                 scheduler.step()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _before_own_step(self) -> None:
+        self._average_alone()
+        self._measure_gradients()
+
+    def _measure_gradients(self) -> None:
+        """Takes the gradients' norms; nothing is waited for."""
+        trained = {p: p.grad for p in self._trained() if p.grad is not None}
+        if trained:
+            norms = torch.stack(torch._foreach_norm(list(trained.values())))
+            self.gradient_norm, self.gradient_norms = torch.linalg.vector_norm(norms), (list(trained), norms)
+
+    def _buffers(self) -> list[Tensor]:
+        """What a forward pass may change: BatchNorm's statistics, a contrastive loss's memory."""
+        modules = [self.student, self.criterion]
+        if isinstance(self.criterion, AbstractLoss):
+            modules += [term for term, _ in self.criterion.term_dict.values()]
+        if getattr(self, "teacher_updatable", False):
+            modules.append(self.teacher_model)
+        return [buffer for module in modules for buffer in module.buffers()]
+
+    def _step_unless_spoilt(self) -> None:
+        """The optimizer step, if loss and gradients are finite; else everything stays as it was before the batch.
+
+        Fused optimizers are told on the device. The others have to be called or not, for which a GPU is waited for.
+        """
+        optimizer, scaler = self.optimizer, self.precision.scaler
+        assert self._spoilt is not None
+        spoilt = self._spoilt
+        if self.gradient_norm is not None and not scaler.is_enabled():  # else the scaler sees to gradients
+            spoilt = spoilt | ~self.gradient_norm.isfinite()
+        if self.distributed:
+            votes = spoilt.int()
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+            spoilt = votes.bool()
+        for buffer, before in zip(self._buffers(), self._buffers_before, strict=True):
+            buffer.copy_(torch.where(spoilt, before, buffer))
+        if scaler.is_enabled():
+            scaler.step(optimizer)
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.grad_scale, optimizer.found_inf = None, spoilt.float()
+            optimizer.step()
+            del optimizer.grad_scale, optimizer.found_inf
+        elif not spoilt:
+            optimizer.step()
+        self._spoilt, self._buffers_before = None, []
 
     def _average_alone(self) -> None:
         """Averages over the processes the gradients that no DistributedDataParallel averages."""
@@ -274,6 +295,7 @@ def build_box(
     precision: Precision,
     terms: TermMeter,
     compile_modes: Mapping[str, bool | str | None],
+    spare: bool,
     teacher: nn.Module | None,
     student: nn.Module,
     *args: Any,
@@ -281,16 +303,16 @@ def build_box(
     """The box for a configuration: with or without teacher, one stage or several.
 
     Args:
-        load, precision, terms, compile_modes: see :class:`EngineBox`.
+        load, precision, terms, compile_modes, spare: see :class:`EngineBox`.
         teacher: None trains the student alone.
         student: the bare student.
         args: ``dataset_dict, train_config, device, device_ids, distributed, lr_factor`` as torchdistill takes them.
     """
     staged = "stage1" in args[1]
     if teacher is None:
-        return (_StagedTraining if staged else _Training)(load, precision, terms, compile_modes, student, *args)
+        return (_StagedTraining if staged else _Training)(load, precision, terms, compile_modes, spare, student, *args)
     return (_StagedDistillation if staged else _Distillation)(
-        load, precision, terms, compile_modes, teacher, student, *args
+        load, precision, terms, compile_modes, spare, teacher, student, *args
     )
 
 

@@ -1,79 +1,235 @@
-"""Checkpoints: everything a run needs to go on, written atomically, read without executing anything.
+"""Checkpoint files: written so that no moment of a power cut, a kill or a full disk loses what was saved before.
 
-``model`` holds the student under its own names, so a checkpoint loads into the bare student by torchdistill's
-``load_ckpt`` as well; the projectors stand apart under ``projectors``.
+=================  =========================================================================================
+``last.pt``        where the run is: at the end of each epoch, every so many steps, before a stop
+``previous.pt``    the ``last.pt`` before, in case that one is damaged
+``best.pt``        student, projectors and EMA of the best epoch
+``epoch<N>.pt``    a ``last.pt`` that ``checkpoint: {keep: K}`` keeps
+=================  =========================================================================================
+
+Files are read without executing anything that they hold (``weights_only=True``).
 """
 
+import io
+import logging
 import os
-from collections.abc import Mapping
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from ..errors import UserError
-from ..models.weights import read_checkpoint
-from ..wrappers import ProjectedStudent
+from ..models.weights import first_line, read_checkpoint
+
+logger = logging.getLogger("vkd_plugin")
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+# What a checkpoint to go on from holds at least.
+_NEEDED = {"model", "projectors", "optimizer", "epoch", "batch", "step", "ranks"}
 
 
-def save_atomically(state: Mapping[str, Any], path: Path) -> None:
-    """Writes ``state`` beside ``path`` and renames it, so that ``path`` is never a part of a checkpoint.
+class SaveError(UserError):
+    """A checkpoint could not be written; those written before are as they were."""
+
+
+def save_atomically(state: Mapping[str, Any], path: Path, previous: Path | None = None) -> None:
+    """Writes ``state`` beside ``path``, reads it back from there, and only then gives it the name ``path``.
+
+    Args:
+        state: tensors and plain values.
+        path: the checkpoint.
+        previous: the name that what ``path`` held before gets.
 
     Raises:
-        UserError: the disk refuses (full, read-only); what ``path`` held before is still there.
+        SaveError: the disk refuses (full, read-only, gone); what ``path`` held is still there.
     """
+    _write(_serialized(state), path, previous)
+
+
+def _serialized(state: Mapping[str, Any]) -> memoryview:
+    # In memory first: torch.save to a full disk fails with a RuntimeError about positions in a file.
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getbuffer()
+
+
+def _write(content: memoryview, path: Path, previous: Path | None = None) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(dict(state), file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if damage := _damage(temporary):
+            raise OSError(f"what was written does not read back ({damage})")
+        if previous is not None and path.exists():
+            _keep(path, previous)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot save the checkpoint: {error}") from error
+        _sync_folder(path.parent)
+    except OSError as error:
+        why = _why(error, path.parent, len(content))
+        _remove(temporary)
+        raise SaveError(f"{path}: cannot save the checkpoint: {why}; what was saved before is intact") from error
 
 
-def projectors_state(wrapper: nn.Module | None, student: nn.Module) -> dict[str, Tensor]:
-    """What an auxiliary wrapper trains beside the student: projectors, or another wrapper's own layers."""
-    if wrapper is None:
-        return {}
-    if isinstance(wrapper, ProjectedStudent):
-        return wrapper.projector_state_dict()
-    of_student = {id(t) for t in (*student.parameters(), *student.buffers())}
-    tensors = (*wrapper.named_parameters(), *wrapper.named_buffers())
-    return {name: tensor.detach() for name, tensor in tensors if id(tensor) not in of_student}
+def _keep(path: Path, previous: Path) -> None:
+    """Gives ``path`` the name ``previous`` too, so that at no time there is no ``path``."""
+    link = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        link.replace(previous)
+    except OSError:  # a file system without hard links: for a moment previous.pt is all there is
+        path.replace(previous)
 
 
-def load_projectors(wrapper: nn.Module | None, state: Mapping[str, Tensor]) -> None:
-    """Loads what :func:`projectors_state` returned.
+def _sync_folder(folder: Path) -> None:
+    """Makes the names durable, as fsync of a file does for its content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass  # some network file systems know no fsync of a folder
+    finally:
+        os.close(descriptor)
 
-    Raises:
-        UserError: names or shapes do not fit the wrapper.
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # the folder has become read-only; resuming removes it
+        path.unlink(missing_ok=True)
+
+
+def _why(error: OSError, folder: Path, size: int) -> str:
+    text = error.strerror or str(error)
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return text
+    return f"{text} ({size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None if they are those that were written.
+
+    torch.load does not look at the checksums in the file: a flipped bit would become a weight.
     """
-    if isinstance(wrapper, ProjectedStudent):
-        wrapper.load_projector_state_dict(state)
-    elif wrapper is not None:
-        own = dict((*wrapper.named_parameters(), *wrapper.named_buffers()))
-        with torch.no_grad():
-            for name, tensor in state.items():
-                if name not in own:
-                    raise UserError(f"the checkpoint's '{name}' is not part of {type(wrapper).__name__}")
-                own[name].copy_(tensor)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        return first_line(error)
+    return f"wrong checksum of {bad}" if bad is not None else None
 
 
 def read_run_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint that ``run.py`` wrote.
+    """A checkpoint that ``run.py`` wrote to go on from.
 
     Raises:
-        UserError: missing, unreadable, or something else.
+        UserError: missing, damaged, unreadable, or something else.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    try:
+        damage = _damage(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if damage:
+        raise UserError(f"{path}: not a readable checkpoint: {damage}")
     state = read_checkpoint(path)
-    missing = {"model", "projectors", "optimizer", "epoch", "batch", "step", "terms"} - state.keys()
+    missing = _NEEDED - state.keys()
     if missing:
         raise UserError(f"{path}: not a checkpoint to resume from: it holds no {', '.join(sorted(missing))}")
     return state
+
+
+def read_newest(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint ``path``; for a ``last.pt`` that is damaged or missing, the newest readable one beside it.
+
+    Returns:
+        Where it was found, and what it holds.
+
+    Raises:
+        UserError: none can be read.
+    """
+    problems: list[str] = []
+    for candidate in (path, *_fallbacks(path)):
+        try:
+            state = read_run_checkpoint(candidate)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            logger.warning("%s; going on from %s, step %d", problem, candidate, state["step"])
+        return candidate, state
+    raise UserError("; ".join(problems))
+
+
+def has_checkpoint(last: Path) -> bool:
+    """Whether there is a ``last.pt`` or something to fall back on."""
+    return last.exists() or any(True for _ in _fallbacks(last))
+
+
+def _fallbacks(path: Path) -> Iterator[Path]:
+    if path.name != LAST:
+        return
+    if (previous := path.with_name(PREVIOUS)).exists():
+        yield previous
+    kept = [file for file in path.parent.glob("epoch*.pt") if file.stem[5:].isdigit()]
+    yield from sorted(kept, key=lambda file: int(file.stem[5:]), reverse=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run, written by its main process.
+
+    Args:
+        folder: where they lie.
+        carry_on: what cannot be written (a full disk) is kept in memory and tried again with the next one, and the
+            run goes on; otherwise it is an error.
+    """
+
+    def __init__(self, folder: Path, carry_on: bool = False) -> None:
+        self.last, self.best = folder / LAST, folder / BEST
+        self.carry_on = carry_on
+        self._pending: dict[Path, memoryview] = {}
+
+    def save_last(self, state: Mapping[str, Any]) -> None:
+        """Where the run is; the one before becomes ``previous.pt``."""
+        self._save(state, self.last)
+
+    def save_best(self, state: Mapping[str, Any]) -> None:
+        """The best student so far."""
+        self._save(state, self.best)
+
+    def save_epoch(self, state: Mapping[str, Any], epoch: int) -> None:
+        """One to keep."""
+        self._save(state, self.last.with_name(f"epoch{epoch}.pt"))
+
+    def finish(self) -> None:
+        """Writes what is still to be written.
+
+        Raises:
+            SaveError: it cannot be written now either.
+        """
+        self.carry_on = False
+        self._write_pending()
+
+    def _save(self, state: Mapping[str, Any], path: Path) -> None:
+        self._pending[path] = _serialized(state)
+        try:
+            self._write_pending()
+        except SaveError as error:
+            if not self.carry_on:
+                raise
+            logger.error("%s; the run goes on and tries again with the next one (checkpoint.on_error)", error)
+
+    def _write_pending(self) -> None:
+        for path in list(self._pending):
+            previous = path.with_name(PREVIOUS) if path == self.last else None
+            _write(self._pending[path], path, previous)
+            del self._pending[path]

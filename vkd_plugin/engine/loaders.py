@@ -13,7 +13,10 @@ Sections and keys keep torchdistill's meaning (``dataset_id``, ``dataset_wrapper
 """
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
@@ -34,6 +37,7 @@ from torchdistill.datasets.registry import get_batch_sampler, get_collate_func, 
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from ..errors import UserError
+from ..models.weights import first_line
 from ..suggest import nearest
 from .randomness import AddressedBatches, AddressedCollator, AddressedDataset, addressed, stable_hash
 
@@ -52,6 +56,9 @@ class EpochSampler(Sampler[Any]):
         rank, world_size: this process and the number of all.
         pad: repeat the beginning of the order so that all ranks get the same number of indices. Without it
             ranks differ by one at most, and no index comes twice.
+
+    Attributes:
+        first: how much of the order to leave out, because an interrupted run has seen it.
     """
 
     def __init__(self, sampler: Sampler[Any], seed: int, rank: int = 0, world_size: int = 1, pad: bool = True) -> None:
@@ -63,6 +70,7 @@ class EpochSampler(Sampler[Any]):
         self.world_size = world_size
         self.pad = pad
         self.epoch = 0
+        self.first = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next iteration; a sampler of the user's that wants to know is told too."""
@@ -74,13 +82,23 @@ class EpochSampler(Sampler[Any]):
         with addressed(self.seed, "order", self.epoch):
             order = list(self.sampler)
         if self.pad:
-            order = list(islice(cycle(order), len(order) + -len(order) % self.world_size))
-        return iter(order[self.rank :: self.world_size])
+            order = list(islice(cycle(order), len(order) + self._missing(self.first, len(order))))
+        return iter(order[self.first + self.rank :: self.world_size])
 
     def __len__(self) -> int:
+        """Indices of this process in a whole epoch."""
+        return self._left_after(0)
+
+    def left(self) -> int:
+        """Indices of this process that the next iteration yields."""
+        return self._left_after(self.first)
+
+    def _left_after(self, first: int) -> int:
         total: int = len(self.sampler)  # type: ignore[arg-type]
-        missing = -total % self.world_size if self.pad else 0
-        return len(range(self.rank, total + missing, self.world_size))
+        return len(range(first + self.rank, total + self._missing(first, total), self.world_size))
+
+    def _missing(self, first: int, total: int) -> int:
+        return max(first - total, (first - total) % self.world_size) if self.pad else 0
 
 
 def build_loader(
@@ -165,17 +183,141 @@ def loader_factory(seed: int, rank: int = 0, world_size: int = 1) -> Callable[..
     return load
 
 
-def set_epoch(loader: DataLoader[Any], epoch: int, first_batch: int = 0) -> None:
-    """Chooses the epoch (from 0) that the next iteration of a loader goes through.
+@dataclass(frozen=True)
+class Position:
+    """How far an epoch has come.
+
+    Args:
+        batches: done by each process.
+        samples: seen by all processes together, which is where any number of processes, with batches of any
+            size, can go on. None if a ``batch_sampler`` of the YAML chooses the samples.
+    """
+
+    batches: int = 0
+    samples: int | None = 0
+
+
+def set_position(loader: DataLoader[Any], epoch: int, position: Position = Position()) -> None:
+    """Chooses the epoch (from 0) that the next iteration of a loader goes through, and where it begins.
+
+    The batches before are left out without being loaded; those that follow are what they are in a whole epoch, if
+    the number of processes and the batch size are what they were.
 
     Args:
         loader: from :func:`build_loader`.
-        epoch: see above.
-        first_batch: leave out the batches before this one, without loading them; those that follow are what
-            they are in a whole epoch.
+        epoch, position: see above.
     """
+    batches = _batches(loader)
+    cut = _Cut.of(batches)
+    if cut is not None:
+        cut.order.first = position.samples or 0
+    if cut is None or position.samples is None:
+        batches.set_epoch(epoch, position.batches)
+    else:
+        batches.set_epoch(epoch, position.batches, numbered_from=position.batches)
+
+
+def position_at(loader: DataLoader[Any], batch: int) -> Position:
+    """The position after ``batch`` batches of the epoch, those before :func:`set_position` counted."""
+    batches = _batches(loader)
+    cut = _Cut.of(batches)
+    if cut is None:
+        return Position(batch, None)
+    of_this_process = min((batch - batches.numbered_from) * cut.batch_size, cut.order.left())
+    return Position(batch, cut.order.first + of_this_process * cut.order.world_size)
+
+
+def samples_of(loader: DataLoader[Any], batch: int) -> list[Any] | None:
+    """Indices of a batch of the present epoch; None where they cannot be told again."""
+    try:
+        return _batches(loader).indices(batch)
+    except LookupError:
+        return None
+
+
+def batches_in_epoch(loader: DataLoader[Any]) -> int:
+    """Batches of the present epoch: those before :func:`set_position`, and those to come."""
+    batches = _batches(loader)
+    cut = _Cut.of(batches)
+    if cut is None:
+        return len(batches)
+    left = cut.order.left()
+    return batches.numbered_from + (left // cut.batch_size if cut.drop_last else -(-left // cut.batch_size))
+
+
+def batches_of(loader: DataLoader[Any], deaths_allowed: int = 3) -> Iterator[Any]:
+    """The loader's batches, each once, whether or not a worker process dies on the way.
+
+    A worker can fall to the kernel's out-of-memory killer or to a full shared memory. As nothing is drawn from a
+    worker's own state, new workers go on with the very batch that is missing.
+
+    Args:
+        loader: from :func:`build_loader`, its position set.
+        deaths_allowed: within an epoch.
+
+    Raises:
+        UserError: workers keep dying.
+    """
+    batches = _batches(loader)
+    epoch, first, numbered_from = batches.epoch, batches.first_batch, batches.numbered_from
+    done = deaths = 0
+    while True:
+        batches.set_epoch(epoch, first + done, numbered_from)
+        try:
+            for batch in _started(loader):
+                yield batch
+                done += 1
+            return
+        except RuntimeError as error:
+            if not _is_dead_worker(error):
+                raise
+            loader._iterator = None  # persistent workers are not asked again
+            deaths += 1
+            if deaths > deaths_allowed:
+                raise UserError(
+                    f"data loader workers keep dying ({deaths} times in this epoch): {first_line(error)} "
+                    "Fewer num_workers, a smaller batch_size or more (shared) memory may help"
+                ) from error
+            logger.warning("%s New workers go on at batch %d of the epoch", first_line(error), first + done)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """An iterator whose workers' deaths are noticed where their batch is missing, and nowhere else.
+
+    torch also raises from a handler of SIGCHLD, between any two instructions of the main thread: in the middle of
+    an optimizer step, of which nobody could say afterwards how much was done.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if signal.getsignal(signal.SIGCHLD) is not before and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
+def _is_dead_worker(error: RuntimeError) -> bool:
+    return "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "is killed" in str(error))
+
+
+def _batches(loader: DataLoader[Any]) -> AddressedBatches:
     assert isinstance(loader.batch_sampler, AddressedBatches)
-    loader.batch_sampler.set_epoch(epoch, first_batch)
+    return loader.batch_sampler
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Batches that are the order cut into pieces, so that a number of samples says where they are."""
+
+    order: EpochSampler
+    batch_size: int
+    drop_last: bool
+
+    @classmethod
+    def of(cls, batches: AddressedBatches) -> "_Cut | None":
+        """None if a ``batch_sampler`` of the YAML chooses the samples."""
+        inner = batches.batch_sampler
+        if type(inner) is BatchSampler and isinstance(inner.sampler, EpochSampler):
+            return cls(inner.sampler, inner.batch_size, inner.drop_last)
+        return None
 
 
 def _wrapped(dataset: Dataset[Any], config: Mapping[str, Any]) -> Any:

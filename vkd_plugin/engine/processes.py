@@ -1,16 +1,18 @@
 """The process group: one process, or N of them under torchrun (or Slurm), on CPUs or GPUs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
 from ..errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,70 @@ class Processes:
         votes = torch.tensor([flag], dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.host_group)
         return bool(votes.item())
+
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers; all of them have to ask."""
+        return min(self.gather(number))
+
+    def gather(self, thing: T) -> list[T]:
+        """What each process gives (anything that can be pickled), by rank, in every process."""
+        if not self.distributed:
+            return [thing]
+        things: list[Any] = [None] * self.world_size
+        dist.all_gather_object(things, thing, group=self.host_group)
+        return things
+
+    def share(self, thing: T) -> T:
+        """What the main process gives, in every process."""
+        if not self.distributed:
+            return thing
+        things = [thing]
+        dist.broadcast_object_list(things, src=0, group=self.host_group)
+        return things[0]
+
+    def share_result(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns in the main process, which alone calls it, in every process.
+
+        Raises:
+            UserError: the function raised it; so it is in every process.
+        """
+        result: T | None = None
+        failure: UserError | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as error:
+                failure = error
+        message, result = self.share((None if failure is None else str(failure), result))
+        if message is not None:
+            raise failure or UserError(message)
+        return result  # type: ignore[return-value]
+
+
+class Votes:
+    """Asks at each step whether any process wants something, and has all of them act on it at the same step.
+
+    The answer is that to the question before, one step old: it has come in while the step ran, so that no process
+    waits for the slowest. A process on its own answers itself.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def cast(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag was true in any process when it was last cast; all processes have to cast."""
+        if not self._processes.distributed:
+            return flags
+        before = self._pending
+        votes = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._processes.host_group, async_op=True)
+        self._pending = votes, work
+        if before is None:
+            return (False,) * len(flags)
+        answer, work = before
+        work.wait()
+        return tuple(bool(value) for value in answer.tolist())
 
 
 @contextmanager
@@ -112,9 +178,16 @@ def _first_to_fail() -> bool | None:
     if not dist.is_initialized():
         return None
     try:
-        return dist.distributed_c10d._get_default_store().add("vkd_plugin/failed", 1) == 1
+        # Under torchrun the store outlives a failed attempt (--max-restarts); each has a count of its own.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.distributed_c10d._get_default_store().add(f"vkd_plugin/failed/{attempt}", 1) == 1
     except RuntimeError:  # the process that keeps the store is gone, so it has failed before
         return False
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this job again after one of its processes failed (``--max-restarts``)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _launched() -> tuple[int, int | None, int]:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +14,13 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torchdistill.common.constant import def_logger
 
+from .meter import Pace
 from .records import writing
 
 logger = logging.getLogger("vkd_plugin")
 console = Console(stderr=True, highlight=False)
+
+_SECONDS_BETWEEN_LINES = 60
 
 
 def setup_logging(is_main: bool) -> None:
@@ -53,7 +57,7 @@ def log_to(*files: Path) -> None:
     for file in files:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(file, encoding="utf-8")
+            handler = _LogFile(file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         for record in kept.buffer:
             handler.handle(record)
@@ -63,65 +67,83 @@ def log_to(*files: Path) -> None:
         target.removeHandler(kept)
 
 
-class EpochProgress:
-    """A bar over the steps of an epoch, with loss terms, images per second and the time left in the run.
+class _LogFile(logging.FileHandler):
+    """A log file that may become impossible to write to, on a full disk, without taking the run with it."""
 
-    Off a terminal, and in processes other than the main one, it shows nothing.
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            console.print(f"{self.baseFilename}: cannot write: {error.strerror or error}", markup=False)
+
+
+class EpochProgress:
+    """Shows an epoch as it goes on: a bar with loss terms, images per second and the time left in the run.
+
+    Off a terminal there is a line a minute instead, and in processes other than the main one nothing.
 
     Args:
         epoch, epochs: the present epoch (from 0) and their number.
-        steps: steps of this epoch, and of each that follows.
+        steps, done: of this epoch; those that follow have as many.
+        pace: this epoch's, kept by the caller.
         enabled: False shows nothing.
     """
 
-    def __init__(self, epoch: int, epochs: int, steps: int, enabled: bool) -> None:
-        self.enabled = enabled and console.is_terminal
-        self.steps_left = (epochs - epoch - 1) * steps
-        self.images = 0
-        self.started = time.perf_counter()
-        if self.enabled:
+    def __init__(self, epoch: int, epochs: int, steps: int, done: int, pace: Pace, enabled: bool) -> None:
+        self.title = f"epoch {epoch + 1}/{epochs}"
+        self.steps, self.done = steps, done
+        self.steps_later = (epochs - epoch - 1) * steps
+        self.pace = pace
+        self.enabled = enabled
+        self._said = time.perf_counter()
+        self._bar: Progress | None = None
+        if enabled and console.is_terminal:
             self._bar = Progress(
-                TextColumn(f"epoch {epoch + 1}/{epochs}"),
+                TextColumn(self.title),
                 BarColumn(bar_width=6),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[shown]}"),
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=steps, shown="")
+            self._task = self._bar.add_task("", total=steps, completed=done, shown="")
 
     def __enter__(self) -> "EpochProgress":
-        if self.enabled:
+        if self._bar:
             self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.enabled:
+        if self._bar:
             self._bar.stop()
 
-    def advance(self, images: int) -> None:
+    def advance(self) -> None:
         """A step is done."""
-        self.images += images
-        if self.enabled:
+        self.done += 1
+        if self._bar:
             self._bar.advance(self._task)
 
-    def show(self, terms: dict[str, float]) -> None:
-        """Present values of the loss terms (already on the host)."""
+    def show(self, figures: Mapping[str, float]) -> None:
+        """The newest figures of a step (already on the host)."""
         if not self.enabled:
             return
-        done = self._bar.tasks[0].completed
-        steps_left = self.steps_left + (self._bar.tasks[0].total or 0) - done
-        left = steps_left * (time.perf_counter() - self.started) / max(done, 1)
-        shown = [f"{name} {value:.3f}" for name, value in terms.items()]
-        shown += [f"{self.images_per_second:.0f} img/s", f"{_duration(left)} left"]
-        self._bar.update(self._task, shown="  ".join(shown))
+        if self._bar:
+            self._bar.update(self._task, shown=self._text(figures))
+        elif time.perf_counter() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.perf_counter()
+            logger.info("%s  step %d/%d  %s", self.title, self.done, self.steps, self._text(figures))
 
-    @property
-    def images_per_second(self) -> float:
-        """Throughput of the epoch so far, all processes' images if the caller counts them."""
-        return self.images / max(time.perf_counter() - self.started, 1e-9)
+    def _text(self, figures: Mapping[str, float]) -> str:
+        steps_left = self.steps_later + self.steps - self.done
+        left = steps_left * self.pace.seconds / max(self.done, 1)
+        shown = [f"{_short(name)} {value:.3f}" for name, value in figures.items() if name.startswith("loss")]
+        return "  ".join([*shown, f"{self.pace.images_per_second:.0f} img/s", f"{_duration(left)} left"])
 
 
 def _duration(seconds: float) -> str:
@@ -135,6 +157,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {record['epoch']}/{epochs}"]
     parts += [f"{_short(k)} {v:.4f}" for k, v in record.items() if k == "loss" or k.startswith("loss/")]
     parts += [f"{k} {v:.2f}" for k, v in record.items() if k.startswith("val/") and not k.endswith("loss")]
+    parts += [f"grad norm {record['gradient_norm']:.3g}"] if "gradient_norm" in record else []
     parts += [f"lr {record['lr']:.2e}", f"{record['images_per_s']:.0f} img/s"]
     return "  ".join(parts)
 

@@ -80,7 +80,7 @@ class BatchAddress:
 
 
 class AddressedBatches(Sampler[Any]):
-    """Gives each batch of a batch sampler its address.
+    """Gives each batch of a batch sampler its address, from any batch of the epoch on.
 
     Args:
         batch_sampler: yields lists of sample indices; may draw from the global generators, which are
@@ -97,21 +97,35 @@ class AddressedBatches(Sampler[Any]):
         self.seed = seed
         self.epoch = 0
         self.first_batch = 0
+        self.numbered_from = 0
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Chooses the epoch of the next iteration, and how many of its batches to leave out."""
-        self.epoch, self.first_batch = epoch, first_batch
+    def set_epoch(self, epoch: int, first_batch: int = 0, numbered_from: int = 0) -> None:
+        """Chooses the epoch of the next iteration and where in it to begin.
+
+        Args:
+            epoch: counts from 0.
+            first_batch: the address of the first batch to yield.
+            numbered_from: the address of the first batch that ``batch_sampler`` yields: those before
+                ``first_batch`` are left out.
+        """
+        self.epoch, self.first_batch, self.numbered_from = epoch, first_batch, numbered_from
         for part in (self.batch_sampler, self.sampler):
             tell = getattr(part, "set_epoch", None)
             if tell is not None:
                 tell(epoch)
 
     def __iter__(self) -> Iterator[BatchAddress]:
-        with addressed(self.seed, "batches", self.epoch):
-            batches = list(self.batch_sampler)
-        epoch = self.epoch
-        for batch, indices in islice(enumerate(batches), self.first_batch, None):
+        epoch, batches = self.epoch, enumerate(self._batches(), self.numbered_from)
+        for batch, indices in islice(batches, self.first_batch - self.numbered_from, None):
             yield BatchAddress(epoch, batch, indices)
+
+    def indices(self, batch: int) -> list[Any]:
+        """The samples of a batch of the present epoch, by its address."""
+        return self._batches()[batch - self.numbered_from]
+
+    def _batches(self) -> list[list[Any]]:
+        with addressed(self.seed, "batches", self.epoch):
+            return list(self.batch_sampler)
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""

@@ -12,8 +12,9 @@ import os
 import platform
 import shutil
 import subprocess
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -24,8 +25,12 @@ import torchvision
 
 from .. import __version__
 from ..errors import UserError
+from .checkpoint import Checkpoints, has_checkpoint
 
 logger = logging.getLogger("vkd_plugin")
+
+MEASURED = ("images_per_s", "data_wait_share", "gpu_memory_gib")
+"""Keys of ``metrics.jsonl`` that no two runs share to the last bit; all others they do."""
 
 
 def default_output(config: str | Path) -> Path:
@@ -44,22 +49,35 @@ class RunFolder:
 
     Args:
         path: the folder; made if it is missing.
+        carry_on: what cannot be written while training goes on (a full disk) is logged and tried again with the
+            next, rather than an error.
 
     Raises:
         UserError: another process writes there, or it cannot be written.
+
+    Attributes:
+        checkpoints: the run's.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, carry_on: bool = False) -> None:
         self.path = path
+        self.carry_on = carry_on
+        self.checkpoints = Checkpoints(path / "checkpoints", carry_on)
+        self._records: list[dict[str, Any]] = []
+        self._torn = False
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
-            (path / "checkpoints").mkdir(exist_ok=True)
+            self._probe()
         except OSError as error:
             raise UserError(f"--output {path}: cannot write there: {error.strerror or error}") from error
 
-    def start_afresh(self) -> None:
+    def start_afresh(self, in_place: bool = False) -> None:
         """Moves an earlier run that the folder holds aside, to the first free ``<folder>.<number>``.
+
+        Args:
+            in_place: a run that was cut off before its first checkpoint is written over instead: of a job that is
+                resumed until it is done, each attempt would otherwise leave a folder behind.
 
         Raises:
             UserError: it cannot be moved, or is the working folder, which paths in the configuration start from; or
@@ -69,6 +87,10 @@ class RunFolder:
             return
         if not (self.path / "log.txt").exists():
             raise UserError(f"--output {self.path}: holds a config.yaml that is not a run's; choose another folder")
+        if in_place and not has_checkpoint(self.last) and not (self.path / "summary.json").exists():
+            self._remove_unfinished()
+            self.write_metrics([])
+            return
         real = self.path.resolve()  # behind a link, the folder moves and the link stays
         if Path.cwd().is_relative_to(real):
             raise UserError(f"--output {self.path}: the working folder holds an earlier run; choose another")
@@ -78,15 +100,16 @@ class RunFolder:
             real.mkdir()
         except OSError as error:
             raise UserError(f"--output {self.path}: cannot move the earlier run: {error.strerror or error}") from error
-        self.__init__(self.path)  # type: ignore[misc]
+        self.__init__(self.path, self.carry_on)  # type: ignore[misc]
         lock.close()
         logger.info("%s holds an earlier run; moved to %s", self.path, moved)
 
     def go_on(self, checkpoint: Path, epoch: int) -> list[dict[str, Any]]:
         """Makes the folder what it was after ``epoch`` epochs of the run that ``checkpoint`` is from.
 
-        Epochs that the checkpoint does not know are dropped, and files that a killed process left unfinished. If it
-        is another folder's, its run goes on here, and a run that this folder holds is moved aside.
+        Epochs that the checkpoint does not know are dropped, and files that a killed process left unfinished. A
+        damaged ``last.pt`` that ``checkpoint`` stands in for becomes ``last.pt.damaged``. If ``checkpoint`` is of
+        another folder, its run goes on here, and a run that this folder holds is moved aside.
 
         Returns:
             The records of ``metrics.jsonl``.
@@ -98,10 +121,25 @@ class RunFolder:
             best = source / "checkpoints" / "best.pt"
             if best.is_file():
                 shutil.copyfile(best, self.best)
-        for unfinished in self.last.parent.glob("*.tmp"):
-            unfinished.unlink()
+        elif checkpoint.name != self.last.name and self.last.exists():
+            with writing(self.last):  # otherwise it would become previous.pt, in the place of a good one
+                self.last.replace(self.last.with_name(f"{self.last.name}.damaged"))
+        self._remove_unfinished()
         self.write_metrics(records)
         return records
+
+    def _remove_unfinished(self) -> None:
+        for unfinished in (*self.path.glob("*.tmp"), *self.last.parent.glob("*.tmp")):
+            with writing(unfinished):
+                unfinished.unlink()
+
+    def _probe(self) -> None:
+        """Writes a file where checkpoints will lie: before hours of training, not after them."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        probe = folder / f"probe.{os.getpid()}.tmp"
+        probe.write_bytes(b"can be written")
+        probe.unlink()
 
     def _locked(self) -> IO[str]:
         lock = (self.path / ".lock").open("w")
@@ -110,6 +148,7 @@ class RunFolder:
         except BlockingIOError:
             lock.close()
             raise UserError(f"--output {self.path}: another run is writing there") from None
+        _LOCKS.add(lock)
         return lock
 
     def close(self) -> None:
@@ -119,26 +158,72 @@ class RunFolder:
     @property
     def last(self) -> Path:
         """The newest checkpoint."""
-        return self.path / "checkpoints" / "last.pt"
+        return self.checkpoints.last
 
     @property
     def best(self) -> Path:
         """The checkpoint with the best validation metric."""
-        return self.path / "checkpoints" / "best.pt"
+        return self.checkpoints.best
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """One line of ``metrics.jsonl``."""
-        with writing(self.path / "metrics.jsonl") as path, path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(record)) + "\n")
+        """One line of ``metrics.jsonl``.
+
+        Raises:
+            UserError: it cannot be written, unless the run is to carry on.
+        """
+        self._records.append(record)
+        try:
+            if self._torn:
+                self.write_metrics(self._records)
+            else:
+                with writing(self._metrics) as path, path.open("a", encoding="utf-8") as file:
+                    file.write(_json_line(record))
+            self._torn = False
+        except UserError as error:
+            self._torn = True
+            if not self.carry_on:
+                raise
+            logger.error("%s; the run goes on (checkpoint.on_error)", error)
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces ``metrics.jsonl`` (a resumed run drops epochs that its checkpoint does not know)."""
-        text = "".join(json.dumps(jsonable(record)) + "\n" for record in records)
-        write_atomically(self.path / "metrics.jsonl", text)
+        self._records = list(records)
+        write_atomically(self._metrics, "".join(map(_json_line, records)))
+
+    def finish(self) -> None:
+        """Writes what could not be written while training went on.
+
+        Raises:
+            UserError: it cannot be written now either.
+        """
+        self.checkpoints.finish()
+        if self._torn:
+            self.write_metrics(self._records)
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """``summary.json``."""
         write_atomically(self.path / "summary.json", json.dumps(jsonable(summary), indent=2) + "\n")
+
+
+_LOCKS: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _close_locks() -> None:
+    # A lock belongs to whoever has the file open. A loader's worker outlives a killed run for a few seconds, in
+    # which the run could not be started again.
+    for lock in _LOCKS:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_locks)
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    return json.dumps(jsonable(record)) + "\n"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -176,11 +261,16 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with writing(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def jsonable(value: Any) -> Any:
@@ -196,19 +286,24 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git commit of the plugin's checkout (None outside of one) and the time, for ``summary.json``."""
+def versions() -> dict[str, str]:
+    """Of what decides how numbers come out."""
     import timm
 
     return {
-        "versions": {
-            "vkd_plugin": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "torchdistill": torchdistill.__version__,
-            "timm": timm.__version__,
-        },
+        "vkd_plugin": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "torchdistill": torchdistill.__version__,
+        "timm": timm.__version__,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git commit of the plugin's checkout (None outside of one) and the time, for ``summary.json``."""
+    return {
+        "versions": versions(),
         "git_commit": _git_commit(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

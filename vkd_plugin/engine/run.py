@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ from ..errors import EXIT_DONE, UserError
 from ..models.weights import fit_weights, load_weights, read_checkpoint
 from ..tasks.classification import Classification
 from .build import blame, build_model, model_sections
-from .checkpoint import save_atomically
+from .checkpoint import LAST, save_atomically
 from .loaders import loader_factory
 from .precision import Precision
-from .processes import Processes, process_group
+from .processes import Processes, Votes, is_restarted, process_group
 from .progress import log_to, setup_logging
 from .records import RunFolder, default_output, device_name, environment, write_atomically
-from .train import Result, Trainer, elapsed, seed_everything
+from .resume import changed_parts, find_checkpoint
+from .signals import StoppedError, StopRequest
+from .train import Result, Trainer, seed_everything, until_stopped
 
 logger = logging.getLogger("vkd_plugin")
 
@@ -44,6 +45,7 @@ class Options:
     overrides: list[str] = field(default_factory=list)
     output: str | None = None
     resume: str | None = None
+    allow_config_change: bool = False
 
 
 def run(options: Options) -> int:
@@ -55,35 +57,85 @@ def run(options: Options) -> int:
     Raises:
         UserError: anything that the user can mend, as one line.
     """
-    started = time.perf_counter()
     experiment = load_experiment(options.config, options.overrides)
     with process_group(options.device, options.dist_url) as processes:
         setup_logging(processes.is_main)
         path = _output(options)
-        folder = RunFolder(path) if processes.is_main else None
+        carry_on = (experiment.data["train"].get("checkpoint") or {}).get("on_error") == "continue"
+        folder: RunFolder | None = None
+
+        def occupy() -> None:
+            nonlocal folder
+            folder = RunFolder(path, carry_on)
+
+        processes.share_result(occupy)
         try:
             for warning in experiment.warnings if processes.is_main else ():
                 logger.warning("%s", warning)
             if options.log_config:
                 logger.info(experiment.dump())
-            torch.backends.cudnn.benchmark = not options.disable_cudnn_benchmark
+            _choose_kernels(options, experiment)
             seed_everything(options.seed)
-            teacher_section, student_section = model_sections(experiment)
-            device, distributed = processes.device, processes.distributed
-            teacher = build_model(experiment, teacher_section, device, distributed) if teacher_section else None
-            student = build_model(experiment, student_section, device, distributed)
             if options.test_only:
+                teacher, student = _models(experiment, processes)
                 _test(options, experiment, teacher, student, processes, path)
             else:
-                result = _train(options, experiment, teacher, student, processes, folder)
-                tested = _test(options, experiment, teacher, student, processes, path)
-                if folder is not None:
-                    folder.write_summary(_summary(options, result, tested, processes, elapsed(started)))
-                    _write_student(experiment, folder)
+                _train_and_test(options, experiment, processes, path, folder)
         finally:
             if folder is not None:
                 folder.close()
     return EXIT_DONE
+
+
+def _choose_kernels(options: Options, experiment: Experiment) -> None:
+    deterministic = bool(experiment.data["train"].get("deterministic"))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not options.disable_cudnn_benchmark and not deterministic
+
+
+def _models(experiment: Experiment, processes: Processes) -> tuple[nn.Module | None, nn.Module]:
+    teacher, student = model_sections(experiment)
+    device, distributed = processes.device, processes.distributed
+    built = build_model(experiment, teacher, device, distributed) if teacher else None
+    return built, build_model(experiment, student, device, distributed)
+
+
+def _train_and_test(
+    options: Options, experiment: Experiment, processes: Processes, path: Path, folder: RunFolder | None
+) -> None:
+    found = processes.share_result(lambda: find_checkpoint(options.resume, path))
+    changed: tuple[str, ...] = ()
+    if found is not None:
+        source, state = found
+        changed = changed_parts(source, state, experiment, options.seed, options.allow_config_change)
+        if state["epoch"] >= _epochs(experiment) and processes.share((path / "summary.json").exists()):
+            logger.info("%s: this run is finished, all %d epochs are done", source, state["epoch"])
+            return
+    teacher, student = _models(experiment, processes)
+    lr_factor = processes.world_size if options.adjust_lr else 1
+    stop = StopRequest()
+    trainer = Trainer(experiment, teacher, student, processes, folder, options.seed, lr_factor, stop)
+    _take_up(options, experiment, trainer, found, changed)
+    try:
+        with stop:
+            result = trainer.train()
+            if folder is not None:
+                folder.finish()
+            trainer.box.clean_modules()
+            tested = _test(options, experiment, teacher, student, processes, path, stop)
+            if folder is not None:
+                folder.write_summary(_summary(options, result, tested, processes))
+                _write_student(experiment, folder)
+    finally:
+        trainer.box.clean_modules()
+
+
+def _epochs(experiment: Experiment) -> int:
+    train = experiment.data["train"]
+    stages = [section for name, section in train.items() if name.startswith("stage") and name[5:].isdigit()]
+    return sum(section["num_epochs"] for section in stages or [train])
 
 
 def _output(options: Options) -> Path:
@@ -94,52 +146,38 @@ def _output(options: Options) -> Path:
     return Path(os.path.expanduser(options.output))
 
 
-def _checkpoint_to_resume(options: Options) -> Path | None:
-    if options.resume is None:
-        return None
-    if options.resume == "auto":
-        last = _output(options) / "checkpoints" / "last.pt"
-        return last if last.exists() else None
-    checkpoint = Path(os.path.expanduser(options.resume))
-    if not checkpoint.is_file():
-        raise UserError(f"--resume {checkpoint}: no such file")
-    return checkpoint
-
-
-def _train(
+def _take_up(
     options: Options,
     experiment: Experiment,
-    teacher: nn.Module | None,
-    student: nn.Module,
-    processes: Processes,
-    folder: RunFolder | None,
-) -> Result:
-    lr_factor = processes.world_size if options.adjust_lr else 1
-    trainer = Trainer(experiment, teacher, student, processes, folder, options.seed, lr_factor)
-    checkpoint = _checkpoint_to_resume(options)
+    trainer: Trainer,
+    found: tuple[Path, dict[str, Any]] | None,
+    changed: tuple[str, ...],
+) -> None:
+    """Brings trainer and folder to where training begins: the start, ``--start_epoch``, or a checkpoint."""
     if options.start_epoch:
         _, section = model_sections(experiment)
         trainer.start_at(options.start_epoch, experiment.data["models"][section].get("src_ckpt"))
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-        logger.info("resumed from %s after epoch %d", checkpoint, trainer.epoch)
+    if found is not None:
+        source, state = found
+        trainer.resume(state, source, changed)
+        at = f" and {trainer.position.batches} batches" if trainer.position.batches else ""
+        logger.info("resumed from %s after epoch %d%s (step %d)", source, trainer.epoch, at, trainer.step)
     elif trainer.epoch >= trainer.box.num_epochs:
         raise UserError(f"nothing to train: from epoch {trainer.epoch} on, and num_epochs is {trainer.box.num_epochs}")
-    processes.barrier()  # all have read the checkpoint
+    trainer.processes.barrier()
+    folder = trainer.folder
     if folder is not None:  # nothing was written up to here: a mistake in the configuration costs nothing
-        if checkpoint is None:
-            folder.start_afresh()
+        if found is None:
+            folder.start_afresh(in_place=options.resume == "auto" or is_restarted())
         else:
-            trainer.go_on(checkpoint)
+            trainer.go_on(found[0])
         more = [Path(os.path.expanduser(options.run_log))] if options.run_log else []
         log_to(folder.path / "log.txt", *more)
         write_atomically(folder.path / "config.yaml", experiment.dump())
     else:
         log_to()
-    try:
-        return trainer.train()
-    finally:
-        trainer.box.clean_modules()
+    if found is not None and found[0] != trainer.path / "checkpoints" / LAST:
+        trainer.save_last()  # what is gone on from is this run's own from now on
 
 
 def _test(
@@ -149,6 +187,7 @@ def _test(
     student: nn.Module,
     processes: Processes,
     path: Path,
+    stop: StopRequest | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluates the teacher and the best student on the ``test`` section's data."""
     loader_config = experiment.data["test"]["test_data_loader"]
@@ -165,12 +204,18 @@ def _test(
     if teacher is not None and not options.student_only:
         models.insert(0, ("teacher", teacher))
     results: dict[str, dict[str, float]] = {}
+    votes = Votes(processes)
     for name, model in models:
         with precision.autocast():
-            results[name] = Classification().evaluate(model, loader, processes.device)
+            batches = until_stopped(loader, processes, votes, stop or StopRequest(), _stopped_in_test)
+            results[name] = Classification().evaluate(model, batches, processes.device)
         figures = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
         logger.info("test %s: %s", name, figures)
     return results
+
+
+def _stopped_in_test() -> None:
+    raise StoppedError("stopped while testing; training is finished and saved, --resume auto tests again")
 
 
 def _student_weights(experiment: Experiment, path: Path) -> Path:
@@ -203,7 +248,6 @@ def _summary(
     result: Result,
     tested: dict[str, dict[str, float]],
     processes: Processes,
-    seconds: float,
 ) -> dict[str, Any]:
     return {
         "config": options.config,
@@ -215,7 +259,10 @@ def _summary(
         "steps": result.steps,
         "parameters": result.parameters,
         "teacher_digest": result.teacher_digest,
-        "wall_seconds": seconds,
+        "resumed": result.resumed,
+        "skipped_nonfinite": result.skipped["skipped"],
+        "scaler_skips": result.skipped["scaler_skips"],
+        "wall_seconds": round(result.seconds, 1),
         "device": device_name(processes.device),
         "world_size": processes.world_size,
         **environment(),

@@ -1,9 +1,19 @@
-"""Stopping on request: the step in hand is finished and saved first."""
+"""Stopping on request: the step in hand is finished and saved first.
 
+What a scheduler sends before it takes a machine away: SIGTERM (Slurm, Kubernetes, torchrun), SIGUSR1 (Slurm's
+``--signal=USR1@120``), and Ctrl-C's SIGINT.
+"""
+
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 from ..errors import EXIT_STOPPED, UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_END = b"\0"  # no signal has the number 0
 
 
 class StoppedError(UserError):
@@ -13,30 +23,72 @@ class StoppedError(UserError):
 
 
 class StopRequest:
-    """While it is entered, the first SIGTERM or SIGINT only sets ``requested``; a second one acts as usual."""
+    """While it is entered, the first of ``STOP_SIGNALS`` only sets ``requested``; the second ends the process at once.
+
+    A handler in Python runs between two instructions of the main thread, never within a call such as a collective
+    that waits for a peer that is gone. Signals are therefore read in a thread of its own, from the pipe that the
+    interpreter writes their numbers to as they come in (``signal.set_wakeup_fd``).
+
+    Outside of the main thread nothing is done: there signals are somebody else's.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, object] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._other_pipe = -1
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: signals are somebody else's
-                break
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        reader, writer = self._pipe = os.pipe()
+        os.set_blocking(writer, False)
+        self._other_pipe = _own_pipe(writer)
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        self._thread = threading.Thread(target=self._watch, args=(reader,), name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        if self._pipe is None or self._thread is None:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        reader, writer = self._pipe
+        _own_pipe(self._other_pipe)
+        os.write(writer, _END)  # closing it would not do: loaders' workers have it open too
+        self._thread.join()
+        os.close(reader)
+        os.close(writer)
+        self._before, self._pipe, self._thread = {}, None, None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before = {}
+    def _watch(self, reader: int) -> None:
+        seen = 0
+        while _END not in (received := os.read(reader, 64)):
+            for number in received:
+                if number not in STOP_SIGNALS:
+                    continue
+                self.requested = True
+                seen += 1
+                if seen > 1:
+                    os._exit(128 + number)  # as a shell reports a process that a signal has ended
+
+
+def _own_pipe(writer: int) -> int:
+    return signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+
+def _in_child() -> None:
+    # A loader's worker inherits the pipe. A Ctrl-C reaches it too and would count as the second signal.
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -4,6 +4,8 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,29 +15,36 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from ..config import Experiment
 from ..errors import ConfigError, NotFiniteError, UserError
 from ..models.weights import is_url, read_checkpoint
+from ..random_state import generators_state, restore_generators
 from ..tasks.classification import Classification
 from ..teacher import state_digest
-from ..wrappers import ProjectedStudent
-from .box import EngineBox, TermMeter, build_box
+from .board import Board
+from .box import EngineBox, build_box
 from .build import blame
-from .checkpoint import load_projectors, projectors_state, read_run_checkpoint, save_atomically
 from .ema import StudentEMA
-from .loaders import loader_factory, set_epoch
+from .loaders import (
+    Position,
+    batches_in_epoch,
+    batches_of,
+    loader_factory,
+    position_at,
+    set_position,
+)
+from .meter import Pace, StepFigures, TermMeter
 from .precision import Precision
-from .processes import Processes
+from .processes import Processes, Votes
 from .progress import EpochProgress, epoch_line
 from .randomness import address
-from .records import RunFolder
+from .records import RunFolder, versions
 from .signals import StoppedError, StopRequest
+from .state import load_training_state, training_state
+from .watch import Watch
 
 logger = logging.getLogger("vkd_plugin")
-
-ORTHOGONALITY_LIMIT = 1e-3
 
 
 @dataclass
@@ -45,6 +54,9 @@ class Result:
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     steps: int = 0
+    resumed: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
     parameters: dict[str, int] = field(default_factory=dict)
     teacher_digest: str | None = None
 
@@ -59,6 +71,7 @@ class Trainer:
         folder: where the main process writes; None in the others.
         seed: the root of all randomness.
         lr_factor: multiplies learning rates (``-adjust_lr``).
+        stop: asks to stop after the step in hand.
     """
 
     def __init__(
@@ -70,12 +83,14 @@ class Trainer:
         folder: RunFolder | None,
         seed: int,
         lr_factor: int = 1,
+        stop: StopRequest | None = None,
     ) -> None:
         self.experiment = experiment
         self.config: dict[str, Any] = experiment.data["train"]
         self.teacher = teacher
         self.processes = processes
         self.folder = folder
+        self.path = Path(processes.share(str(folder.path) if folder else "."))
         self.seed = seed
         self.task = Classification()
         self.terms = TermMeter()
@@ -83,12 +98,14 @@ class Trainer:
         with blame(experiment, "train", "amp"):
             self.precision = Precision(self.config.get("amp"), device)
         self._use_channels_last(teacher, student)
+        skips_allowed = int(self.config.get("skip_nonfinite") or 0)
         with blame(experiment, "train"):
             self.box: EngineBox = build_box(
                 loader_factory(seed, processes.rank, processes.world_size),
                 self.precision,
                 self.terms,
                 self.config.get("compile") or {},
+                skips_allowed > 0,
                 teacher,
                 student,
                 experiment.data["datasets"],
@@ -103,9 +120,13 @@ class Trainer:
             self.ema = StudentEMA(student, decay) if decay is not None else None
         self._train_loader()  # that there is one, before anything is written
         self.epoch = 0  # epochs done
-        self.batch = 0  # batches done of the present epoch
+        self.position = Position()  # within the present epoch
         self.step = 0  # batches done in all
-        self.stop = StopRequest()
+        self.watch = Watch(self.box, processes, self.path, skips_allowed)
+        self.pace = Pace()
+        self.stop = stop or StopRequest()
+        self._votes = Votes(processes)
+        self._started = time.perf_counter()
         checkpoint = self.config.get("checkpoint") or {}
         self.save_every_steps: int | None = checkpoint.get("every_steps")
         self.keep_every_epochs: int | None = checkpoint.get("keep")
@@ -117,76 +138,114 @@ class Trainer:
 
     def train(self) -> Result:
         """All epochs that are left, then the proof that a frozen teacher has not moved."""
-        box = self.box
-        box_epochs: int = box.num_epochs
-        writer = SummaryWriter(self.folder.path) if self.folder else None
-        try:
-            with self.stop:
-                while self.epoch < box_epochs:
-                    record = self._epoch(box_epochs)
-                    improved = self._select(record)
-                    if self.folder and writer:
-                        self.folder.append_metrics(record)
-                        for name, value in record.items():
-                            if isinstance(value, (int, float)) and name not in ("epoch", "step"):
-                                writer.add_scalar(name, value, self.step)
-                        logger.info(epoch_line(record, box_epochs))
-                    self._post_epoch(record)
-                    self._save(improved)  # last: a run cut off before repeats the epoch, its record included
-                    if self.processes.any(self.stop.requested) and self.epoch < box_epochs:
-                        self.processes.barrier()  # see _save_within_epoch
-                        raise StoppedError(f"stopped after epoch {self.epoch}, all saved; --resume auto goes on")
-        finally:
-            if writer:
-                writer.close()
+        epochs: int = self.box.num_epochs
+        self._started = time.perf_counter()
+        with ExitStack() as stack:
+            if self.folder:
+                self.watch.board = Board(self.folder.path, self.step)
+                stack.callback(self.watch.board.close)
+            while self.epoch < epochs:
+                self._epoch(epochs)
         self._prove_teacher_unchanged()
+        self.result.seconds += time.perf_counter() - self._started
+        self.result.skipped = self.watch.guard.state()
         return self.result
 
-    def _epoch(self, epochs: int) -> dict[str, Any]:
-        box, device = self.box, self.processes.device
+    def _epoch(self, epochs: int) -> None:
         loader = self._train_loader()
-        box.pre_epoch_process(epoch=self.epoch)
-        set_epoch(loader, self.epoch, first_batch=self.batch)
+        self.box.pre_epoch_process(epoch=self.epoch)
+        set_position(loader, self.epoch, self.position)
+        self._train_batches(loader, epochs)
+        self.watch.prove()
+        record = self._record()
+        self._count_epoch()
+        improved = self._select(record)
+        if self.folder and self.watch.board:
+            self.folder.append_metrics(record)
+            self.watch.board.add({name: v for name, v in record.items() if name not in ("epoch", "step")}, self.step)
+            logger.info(epoch_line(record, epochs))
+        self._post_epoch(record)
+        self._save_epoch(improved)  # last: a run cut off before repeats the epoch, its record included
+        if self.epoch < epochs and self.processes.any(self.stop.requested):
+            self._stop(f"after epoch {self.epoch}")
+
+    def _train_batches(self, loader: DataLoader[Any], epochs: int) -> None:
         log_every = int(self.config.get("log_freq") or 100)
-        progress = EpochProgress(self.epoch, epochs, len(loader), self.processes.is_main)
+        steps, done = batches_in_epoch(loader), self.position.batches
+        progress = EpochProgress(self.epoch, epochs, steps, done, self.pace, self.processes.is_main)
         with progress:
-            for index, batch in enumerate(loader, self.batch):
-                samples, targets, supplement = self.task.unpack(batch, device)
-                samples = self._channels_last(samples)
-                address(self.seed, self.step, self.processes.rank)
-                loss = self._forward(samples, targets, supplement)
-                if device.type == "cpu" and not math.isfinite(loss.item()):
-                    self._stop_on_bad_numbers(loss)
-                self.terms.count(loss)
-                steps_before = box.optimizer_steps
-                with blame(self.experiment, "train"):
-                    box.post_forward_process(loss=loss)
-                if self.ema is not None and box.optimizer_steps > steps_before:
-                    self.ema.update(box.bare_student)
-                self.step, self.batch = self.step + 1, index + 1
-                progress.advance(len(samples) * self.processes.world_size)
-                if index % log_every == 0:
-                    self._check_numbers(loss)
-                    progress.show({name: value.item() for name, value in self.terms.now.items()})
-                if self.batch < len(loader) and box.stage_grad_count % box.grad_accum_step == 0:
-                    self._save_within_epoch(loss)
-            self._check_numbers(loss)
-            speed = progress.images_per_second
-        errors = self._orthogonality()
+            mark = time.perf_counter()
+            for batch in batches_of(loader):
+                self.pace.waited += time.perf_counter() - mark
+                logs = self.position.batches % log_every == 0
+                self._step(batch, loader, logs)
+                progress.advance()
+                if logs:
+                    progress.show(self.watch.newest)
+                if self.box.stage_grad_count % self.box.grad_accum_step == 0:
+                    self._between_steps(self.position.batches < steps)
+                now = time.perf_counter()
+                self.pace.seconds += now - mark
+                mark = now
+
+    def _step(self, batch: Any, loader: DataLoader[Any], logs: bool) -> None:
+        box = self.box
+        samples, targets, supplement = self.task.unpack(batch, self.processes.device)
+        samples = self._channels_last(samples)
+        address(self.seed, self.step, self.processes.rank)
+        loss = self._forward(samples, targets, supplement)
+        steps_before = box.optimizer_steps
+        with blame(self.experiment, "train"):
+            box.post_forward_process(loss=loss)
+        if self.ema is not None and box.optimizer_steps > steps_before:
+            self.ema.update(box.bare_student)
+        self.step += 1
+        figures = StepFigures(self.step, self.epoch, self.position.batches, logs)
+        self.position = position_at(loader, self.position.batches + 1)
+        self.pace.images += len(samples) * self.processes.world_size
+        self.watch.see(figures, self.terms.take(loss))
+
+    def _between_steps(self, within_epoch: bool) -> None:
+        """Acts on what any process asks for, all on the same step, and saves every so many steps."""
+        stopping, failed = self._votes.cast(self.stop.requested, self.watch.failed)
+        if failed:
+            self.watch.fail()
+        due = self.save_every_steps is not None and self.step % self.save_every_steps == 0
+        if within_epoch and (due or stopping):
+            self._save_last()
+        if within_epoch and stopping:
+            self._stop(f"at step {self.step}")
+
+    def _stop(self, where: str) -> None:
+        self.processes.barrier()  # a launcher ends the others when one process ends: not before all is saved
+        raise StoppedError(f"stopped {where}, all saved; --resume auto goes on from here")
+
+    def _record(self) -> dict[str, Any]:
+        """What is known of the epoch whose last batch is done."""
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
-            "lr": box.optimizer.param_groups[0]["lr"],
+            "lr": self.box.optimizer.param_groups[0]["lr"],
         }
-        means = self._mean_over_processes(self.terms.epoch_means())
-        record |= {name if name == "loss" else f"loss/{name}": value for name, value in means.items()}
+        record |= self.watch.means_of_all()
         record |= self._validate()
-        record |= {f"orthogonality_error/{name}": value for name, value in errors.items()}
+        record |= {name: error.item() for name, error in self.watch.orthogonality().items()}
         if self.precision.scaler.is_enabled():
             record["scaler_scale"] = self.precision.scaler.get_scale()
-        record["images_per_s"] = round(speed, 1)
-        self.epoch, self.batch = self.epoch + 1, 0
+            record["scaler_skips"] = self.watch.guard.scaler_skips
+        if self.watch.guard.skips_allowed:
+            record["skipped_nonfinite"] = self.watch.guard.skipped
+        record["images_per_s"] = round(self.pace.images_per_second, 1)
+        record["data_wait_share"] = round(self.pace.data_wait_share, 4)
+        if self.processes.device.type == "cuda":
+            record["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+            torch.cuda.reset_peak_memory_stats()
         return record
+
+    def _count_epoch(self) -> None:
+        self.epoch += 1
+        self.position, self.pace = Position(), Pace()
+        self.watch.means.clear()
 
     def _train_loader(self) -> DataLoader[Any]:
         """The present stage's, which has at least one batch."""
@@ -209,7 +268,9 @@ class Trainer:
             asserted = "device-side assert" in str(error)
             if not asserted and all(bool(p.isfinite().all()) for p in self.box.student.parameters()):
                 raise
-            raise NotFiniteError(self._stopped("a weight of the student is not finite")) from error
+            raise NotFiniteError(
+                self.watch.stopped("a weight of the student is not finite", self.epoch, self.step + 1)
+            ) from error
 
     def _post_epoch(self, record: dict[str, Any]) -> None:
         stage = getattr(self.box, "stage_number", None)
@@ -230,10 +291,15 @@ class Trainer:
         metrics: dict[str, float] = {}
         for prefix, model in models.items():
             self._share_buffers(model)
+            batches = until_stopped(loader, self.processes, self._votes, self.stop, self._stop_in_validation)
             with self.precision.autocast():
-                found = self.task.evaluate(model, loader, self.processes.device)
+                found = self.task.evaluate(model, batches, self.processes.device)
             metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
         return metrics
+
+    def _stop_in_validation(self) -> None:
+        self._save_last()
+        self._stop(f"before the validation of epoch {self.epoch + 1}")
 
     def _share_buffers(self, model: nn.Module) -> None:
         """BatchNorm statistics of rank 0 for all, so that every rank evaluates the model that is saved."""
@@ -253,100 +319,100 @@ class Trainer:
     # State.
 
     def state(self) -> dict[str, Any]:
-        """Everything that :meth:`resume` needs, tensors and plain values alone."""
-        box = self.box
-        scheduler = box.lr_scheduler
-        return {
-            "model": box.bare_student.state_dict(),
-            "projectors": projectors_state(box.wrapper, box.bare_student),
+        """Everything that :meth:`resume` needs, tensors and plain values alone; all processes have to ask."""
+        best = self.result.best
+        return training_state(self.box) | {
             "ema": self.ema.averaged.state_dict() if self.ema else None,
-            "optimizer": box.optimizer.state_dict(),
-            "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch,
-            "batch": self.batch,
-            "batches": len(box.train_data_loader),
+            "batch": self.position.batches,
+            "samples": self.position.samples,
             "step": self.step,
-            "terms": self.terms.state(),
-            "stage_grad_count": box.stage_grad_count,
-            "best": self.result.best,
-            "best_value": _score(self.result.best, self.task.metric) if self.result.best else 0.0,
+            "ranks": self.processes.gather({"generators": generators_state(), "means": self.watch.means.state()}),
+            "guard": self.watch.guard.state(),
+            "pace": vars(self.pace).copy(),
+            "seconds": self.result.seconds + time.perf_counter() - self._started,
+            "resumed": self.result.resumed,
+            "best": best,
+            "best_value": _score(best, self.task.metric) if best else 0.0,
             "seed": self.seed,
+            "config": self.experiment.dump(),
             "config_digest": self.experiment.digest(),
+            "versions": versions(),
         }
 
-    def _save_within_epoch(self, loss: Tensor) -> None:
-        """Every so many steps, and before a stop that a signal to any of the processes asks for."""
-        due = self.save_every_steps is not None and self.step % self.save_every_steps == 0
-        stopping = self.processes.any(self.stop.requested)
-        if not due and not stopping:
-            return
-        self._check_numbers(loss)
-        terms = self._terms_of_all()
+    def save_last(self) -> None:
+        """Writes ``last.pt``; all processes have to call it."""
+        state = self.state()
         if self.folder is not None:
-            save_atomically(self.state() | {"terms": terms}, self.folder.last)
-        if stopping:
-            self.processes.barrier()  # a launcher ends the others when one process ends: not before all is saved
-            raise StoppedError(f"stopped at step {self.step}, all saved; --resume auto goes on from here")
+            self.folder.checkpoints.save_last(state)
 
-    def _terms_of_all(self) -> dict[str, Any]:
-        """State of the loss terms' sums, the mean over the processes."""
-        state = self.terms.state()
-        return state | {"sums": {name: torch.tensor(v) for name, v in self._mean_over_processes(state["sums"]).items()}}
+    def _save_last(self) -> None:
+        self.watch.prove()
+        self.save_last()
 
-    def _save(self, improved: bool) -> None:
+    def _save_epoch(self, improved: bool) -> None:
+        state = self.state()
         if self.folder is None:
             return
-        state = self.state()
+        checkpoints = self.folder.checkpoints
         if improved:  # first: a run cut off before last.pt repeats the epoch and writes best.pt again
             kept = {key: state[key] for key in ("model", "projectors", "ema", "epoch", "step", "best_value")}
             if self.ema is not None and "val_ema/" + self.task.metric in (self.result.best or {}):
                 kept["model"] = self.ema.model.state_dict()
-            save_atomically(kept, self.folder.best)
+            checkpoints.save_best(kept)
         if self.keep_every_epochs is not None and self.epoch % self.keep_every_epochs == 0:
-            save_atomically(state, self.folder.last.with_name(f"epoch{self.epoch}.pt"))
-        save_atomically(state, self.folder.last)
+            checkpoints.save_epoch(state, self.epoch)
+        checkpoints.save_last(state)
 
-    def resume(self, path: Path) -> None:
+    def resume(self, state: dict[str, Any], source: Path, changed: tuple[str, ...] = ()) -> None:
         """Goes on from a checkpoint, within an epoch or at its end.
+
+        Args:
+            state: what :meth:`state` returned, with the same number of processes or another.
+            source: the file that it is from.
+            changed: see :func:`~vkd_plugin.engine.state.load_training_state`.
 
         Raises:
             UserError: the checkpoint does not fit the configuration.
         """
-        state = read_run_checkpoint(path)
-        box = self.box
+        box, ranks = self.box, state["ranks"]
         try:
             while getattr(box, "stage_end_epoch", math.inf) <= state["epoch"] < box.num_epochs:
                 box.advance_to_next_stage()
-            box.bare_student.load_state_dict(state["model"])
-            load_projectors(box.wrapper, state["projectors"])
-            box.optimizer.load_state_dict(state["optimizer"])
-            if box.lr_scheduler is not None:
-                box.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            notes = load_training_state(box, state, changed)
             self.precision.scaler.load_state_dict(state["scaler"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.averaged.load_state_dict(state["ema"])
             elif self.ema is not None:
                 self.ema.model.load_state_dict(state["model"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            if hasattr(box, "current_epoch"):
+                box.current_epoch = state["epoch"]
+            self.epoch, self.step = state["epoch"], state["step"]
+            self.position = Position(state["batch"], state["samples"])
+            self.watch.guard.load(state["guard"])
+            self.pace = Pace(**state["pace"])
+            rank = self.processes.rank
+            if len(ranks) == self.processes.world_size:
+                self.watch.means.load(ranks[rank]["means"])
+            elif self.processes.is_main:
+                self.watch.means.load(*(of_rank["means"] for of_rank in ranks))
+            if rank < len(ranks):
+                restore_generators(ranks[rank]["generators"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             text = " ".join(str(error).split())
-            raise UserError(f"{path}: does not fit this experiment: {text}") from error
-        if hasattr(box, "current_epoch"):
-            box.current_epoch = state["epoch"]
-        box.stage_grad_count = state["stage_grad_count"]
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        before, now = state.get("batches"), len(self._train_loader())
-        if self.batch and before and before != now:  # another batch size or number of processes: the same samples
-            self.batch = min(round(self.batch * now / before), now - 1)
-        self.terms.load_state(state["terms"], self.processes.device)
+            raise UserError(f"{source}: does not fit this experiment: {text}") from error
+        if self.position.batches and self.position.samples is None and len(ranks) != self.processes.world_size:
+            raise UserError(
+                f"{source}: within an epoch, and the batch_sampler does not say which samples are left for another "
+                f"number of processes; go on with {len(ranks)}, or from a checkpoint of an epoch's end"
+            )
+        for note in notes:
+            logger.warning("%s", note)
         self.result.best = state["best"]
         self.result.steps = self.step
-        for name, here, there in (
-            ("configuration", self.experiment.digest(), state["config_digest"]),
-            ("seed", self.seed, state["seed"]),
-        ):
-            if here != there:
-                logger.warning("%s was trained with another %s", path, name)
+        self.result.seconds = state["seconds"]
+        self.result.resumed = state["resumed"] + 1
 
     def go_on(self, checkpoint: Path) -> None:
         """Brings the folder to where :meth:`resume` found the run, as nothing before has to be able to fail."""
@@ -355,9 +421,19 @@ class Trainer:
         records = self.folder.go_on(checkpoint, self.epoch)
         self.result.last = records[-1] if records else None
         best = self.result.best
-        if best is not None and not _is_of(best, self.folder.best):
+        if best is not None and not self._has_best(best):
             logger.warning("%s is not there or another epoch's; the next epoch counts as the best", self.folder.best)
             self.result.best = None
+
+    def _has_best(self, best: dict[str, Any]) -> bool:
+        """Whether ``best.pt`` is of the record ``best``, or of a better epoch that is about to be repeated."""
+        assert self.folder is not None
+        try:
+            found = read_checkpoint(self.folder.best)
+        except UserError:
+            return False
+        step, value = found.get("step", 0), found.get("best_value", -math.inf)
+        return step == best["step"] or (step > self.step and value > _score(best, self.task.metric))
 
     def start_at(self, epoch: int, source: str | None) -> None:
         """torchdistill's ``--start_epoch``: counts on from ``epoch``, with optimizer and scheduler of ``src_ckpt``.
@@ -377,37 +453,7 @@ class Trainer:
         except (ValueError, KeyError) as error:
             raise UserError(f"{source}: its optimizer does not fit: {' '.join(str(error).split())}") from error
 
-    # Guards.
-
-    def _check_numbers(self, loss: Tensor) -> None:
-        """Reads the loss and the projectors' orthogonality back; called at intervals, as it waits for the device."""
-        if not math.isfinite(loss.item()):
-            self._stop_on_bad_numbers(loss)
-        for name, error in self._orthogonality().items():
-            if not error <= ORTHOGONALITY_LIMIT:
-                raise NotFiniteError(
-                    self._stopped(
-                        f"the projector of feature '{name}' is not orthonormal, max |W^T W - I| is {error:.1e} "
-                        f"(limit {ORTHOGONALITY_LIMIT:.0e})"
-                    )
-                )
-
-    def _stop_on_bad_numbers(self, loss: Tensor) -> None:
-        terms = ", ".join(f"{name} {value.item():g}" for name, value in self.terms.now.items() if name != "loss")
-        raise NotFiniteError(self._stopped(f"the loss is {loss.item():g}{f' ({terms})' if terms else ''}"))
-
-    def _stopped(self, why: str) -> str:
-        saved = f"; {self.folder.last} holds epoch {self.epoch}" if self.folder and self.epoch else ""
-        return f"training stopped: {why} in epoch {self.epoch + 1} at step {self.step}{saved}"
-
-    def _orthogonality(self) -> dict[str, float]:
-        wrapper = self.box.wrapper
-        if not isinstance(wrapper, ProjectedStudent):
-            return {}
-        try:
-            return {name: error.item() for name, error in wrapper.orthogonality_errors().items()}
-        except ValueError as error:  # the raw weight is beyond repair
-            raise NotFiniteError(self._stopped(str(error))) from error
+    # Details.
 
     def _prove_teacher_unchanged(self) -> None:
         before = self.result.teacher_digest
@@ -416,17 +462,6 @@ class Trainer:
                 "the frozen teacher changed during training (parameters or BatchNorm statistics): "
                 "the student was not distilled from the teacher that the configuration names"
             )
-
-    # Details.
-
-    def _mean_over_processes(self, means: dict[str, Tensor]) -> dict[str, float]:
-        if not means:
-            return {}
-        values = torch.stack([value.double() for value in means.values()])
-        if self.processes.distributed:
-            dist.all_reduce(values)
-            values /= self.processes.world_size
-        return dict(zip(means, values.tolist(), strict=True))
 
     def _use_channels_last(self, *models: nn.Module | None) -> None:
         if self.config.get("channels_last"):
@@ -449,16 +484,26 @@ class Trainer:
         return counts
 
 
+def until_stopped(
+    loader: DataLoader[Any], processes: Processes, votes: Votes, stop: StopRequest, then: Callable[[], None]
+) -> Iterator[Any]:
+    """The batches of an evaluation, which a request to stop, to any process, does not have to wait out.
+
+    Args:
+        loader: this process's part.
+        processes, votes: all of them take part.
+        stop: the request.
+        then: called in all processes, where it was made; has to raise.
+    """
+    in_all = processes.least(len(loader))  # processes may differ by one batch, and all have to vote
+    for index, batch in enumerate(batches_of(loader)):
+        if index < in_all and votes.cast(stop.requested, False)[0]:
+            then()
+        yield batch
+
+
 def _is_frozen(model: nn.Module | None) -> bool:
     return model is None or not any(p.requires_grad for p in model.parameters())
-
-
-def _is_of(record: dict[str, Any], best: Path) -> bool:
-    """Whether the checkpoint ``best`` is that of an epoch's record."""
-    try:
-        return read_checkpoint(best).get("step") == record["step"]
-    except UserError:
-        return False
 
 
 def _score(record: dict[str, Any], metric: str) -> float:
@@ -474,8 +519,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - transforms draw from the global generator
     torch.manual_seed(seed)
-
-
-def elapsed(since: float) -> float:
-    """Seconds since ``since`` (``time.perf_counter``), to a tenth."""
-    return round(time.perf_counter() - since, 1)

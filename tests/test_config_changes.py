@@ -207,6 +207,7 @@ FREE_OVERRIDES = [
     (VKD, "test.log_freq=99"),
     (VKD, "train.checkpoint={every_steps: 5}"),
     (VKD, "train.checkpoint="),
+    (VKD, "train.skip_nonfinite=3"),
     (DATA / "engine.yaml", "train.checkpoint.keep=9"),
     (VKD, "models.student_model.dst_ckpt='elsewhere.pt'"),
     (VKD, "models.teacher_model.dst_ckpt='elsewhere.pt'"),

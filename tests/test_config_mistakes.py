@@ -225,6 +225,18 @@ STRUCTURE: list[tuple[str, ...]] = [
         "            kwargs: {size: 2020-99-99}",
         "cannot read '2020-99-99': month must be in 1..12",
     ),
+    (
+        "supervised",
+        "            kwargs: {size: 10, image_size: [3, 32, 32], num_classes: 10}",
+        "            kwargs: {size: !!bool x}",
+        "cannot read 'x' as bool",
+    ),
+    (
+        "supervised",
+        "            kwargs: {size: 10, image_size: [3, 32, 32], num_classes: 10}",
+        "            kwargs: {size: !!timestamp x}",
+        "cannot read 'x' as timestamp",
+    ),
 ]
 
 REFERENCES: list[tuple[str, ...]] = [

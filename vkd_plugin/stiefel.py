@@ -80,8 +80,8 @@ def orthogonalize(weight: Tensor, orthogonal_map: str = "matrix_exp", *, base: T
         ValueError: not a real matrix; unknown map; ``base`` does not fit. On a CPU in eager mode also where the
             result is undefined: entries that are not finite, a generator with a norm above 2^16, or, for
             ``cholesky_qr`` and ``polar``, no full column rank (condition number above about 1e7; zero weights).
-            Elsewhere the same condition ends in a RuntimeError: ``torch._assert_async``, on a GPU a device-side
-            assertion, so that it needs no synchronisation. No NaN is returned in silence.
+            Elsewhere, where a look at the values would cost a synchronisation, the whole result is NaN. (A device-side
+            assertion would leave a process that cannot even read back what was wrong.)
 
     Sources: Edelman, Arias, Smith, SIAM J. Matrix Anal. Appl. 20 (1998), cor. 2.2 (the exponential from 2k x 2k
     matrices); Schreiber, Van Loan, SIAM J. Sci. Stat. Comput. 10 (1989) (compact WY form); Fukaya et al., SIAM J.
@@ -149,7 +149,7 @@ def _from_generator(weight: Tensor, base: Tensor | None, core: _Core, name: str)
     if weight.dtype != torch.float64 and not (_may_look(norm) and float(norm) <= _FLOAT32_NORM):
         base = None if base is None else base.double()
         return _from_generator(weight.double(), base, core, name).to(weight.dtype)
-    _require(
+    defined = _require(
         (norm <= 2.0**_MAX_SQUARINGS) & top.detach().isfinite().all(),
         f"orthogonal_map '{name}': the weight is not finite, or the norm of its generator is above 2^{_MAX_SQUARINGS}",
     )
@@ -164,7 +164,7 @@ def _from_generator(weight: Tensor, base: Tensor | None, core: _Core, name: str)
         with torch.no_grad():
             step = (p - p @ (p.mT @ p)) / 2
         p = p + step
-    return p
+    return _or_nan(p, defined)
 
 
 def _exp_core(s: Tensor, g: Tensor | None, norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -359,7 +359,7 @@ def _normalize(weight: Tensor, polar: bool) -> Tensor:
     w = weight @ t
     # And once more for what rounding left, at most a condition number of a few.
     r, d = _factor(_Gram.apply(w))
-    _require(
+    defined = _require(
         ((r * d).detach().diagonal().square() >= _FULL_RANK_PIVOT).all(),
         f"orthogonal_map '{name}' is undefined: the {tuple(weight.shape)} weight has no full column rank "
         "(condition number above about 1e7)",
@@ -367,7 +367,7 @@ def _normalize(weight: Tensor, polar: bool) -> Tensor:
     c = _inverse_upper(r) / d[:, None]
     if polar:
         c = c @ _newton_polar((r * d) @ t_inverse)
-    return w @ c
+    return _or_nan(w @ c, defined)
 
 
 def _normalize_harmless(weight: Tensor, polar: bool) -> Tensor | None:
@@ -461,11 +461,17 @@ def _may_look(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _require(condition: Tensor, message: str) -> None:
+def _require(condition: Tensor, message: str) -> Tensor | None:
+    """Raises if the condition does not hold; where that cannot be looked at, the condition for :func:`_or_nan`."""
     if not _may_look(condition):
-        torch._assert_async(condition, message)
-    elif not condition:
+        return condition
+    if not condition:
         raise ValueError(message)
+    return None
+
+
+def _or_nan(p: Tensor, defined: Tensor | None) -> Tensor:
+    return p if defined is None else torch.where(defined, p, torch.nan)
 
 
 ORTHOGONAL_MAPS: dict[str, Callable[[Tensor], Tensor]] = {

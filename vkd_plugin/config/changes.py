@@ -37,6 +37,8 @@ FREE = (
     "train.log_freq",
     "test.log_freq",
     "train.checkpoint",
+    # What happens to a step that went wrong: how a run that ended with it goes on.
+    "train.skip_nonfinite",
     # Where weights are put afterwards.
     "**.dst_ckpt",
 )

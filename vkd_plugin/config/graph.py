@@ -70,6 +70,8 @@ def _unreadable(node: yaml.ScalarNode) -> str | None:
         return f"cannot read '{node.value}': {error.problem}"
     except ValueError as error:
         return f"cannot read '{node.value}': {error}"
+    except (KeyError, AttributeError):  # PyYAML's own, for `!!bool x` and `!!timestamp x`
+        return f"cannot read '{node.value}' as {node.tag.rpartition(':')[2]}"
     return None
 
 

@@ -75,7 +75,7 @@ def plain_value(node: yaml.Node) -> Any:
         if _runs_code(node):
             return OPAQUE
         return TorchdistillLoader("").construct_document(node)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return OPAQUE
 
 

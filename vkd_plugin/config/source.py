@@ -65,6 +65,8 @@ def compose(text: str, name: str) -> yaml.Node | None:
         raise ConfigErrors([syntax_problem(error, name, getattr(loader, "anchors", {}))]) from None
     except RecursionError:
         raise ConfigErrors([ConfigError("nested too deeply", name)]) from None
+    except (OverflowError, ValueError) as error:  # an escape such as "\\UFFFFFFFF", which is no character
+        raise ConfigErrors([ConfigError(f"not valid YAML: {error}", name)]) from None
 
 
 def syntax_problem(error: yaml.MarkedYAMLError, name: str, anchors: dict[str, object]) -> ConfigError:

@@ -26,6 +26,7 @@ from .board import Board
 from .box import EngineBox, build_box
 from .build import blame
 from .ema import StudentEMA
+from .guard import weights_are_finite
 from .loaders import (
     Position,
     batches_in_epoch,
@@ -264,13 +265,11 @@ class Trainer:
             with blame(self.experiment, "train"):
                 return self.box.forward_process(*batch)
         except ConfigError as error:
-            # After a device-side assertion, which is how a projector says it on a GPU, nothing can be read back.
-            asserted = "device-side assert" in str(error)
-            if not asserted and all(bool(p.isfinite().all()) for p in self.box.student.parameters()):
+            # After a device-side assertion (a label out of range, say) nothing can be read back any more.
+            if "device-side assert" in str(error) or weights_are_finite(self.box.student.parameters()):
                 raise
-            raise NotFiniteError(
-                self.watch.stopped("a weight of the student is not finite", self.epoch, self.step + 1)
-            ) from error
+            why = "a weight of the student is not finite"
+            raise NotFiniteError(self.watch.stopped(why, self.epoch, self.step + 1)) from error
 
     def _post_epoch(self, record: dict[str, Any]) -> None:
         stage = getattr(self.box, "stage_number", None)

@@ -3,7 +3,7 @@
 The boxes build models, hooks, criterion, optimizer and scheduler from the YAML as torchdistill does. What differs:
 
 * data loaders address their randomness (:mod:`vkd_plugin.engine.loaders`);
-* under several processes whatever trains is in DistributedDataParallel, on CPUs too;
+* under several processes whatever trains is in DistributedDataParallel or in shards, on CPUs too;
 * each loss term and the gradient's norm are seen, without a device synchronisation;
 * the optimizer step knows gradient scaling, leaves out gradient averaging between accumulated batches, and can
   be left out where a number is not finite.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, ReduceLROnPlateau
 from torchdistill.common.module_util import check_if_wrapped
@@ -24,9 +25,19 @@ from torchdistill.core.training import MultiStagesTrainingBox, TrainingBox
 from torchdistill.losses.high_level import AbstractLoss
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
-from ..errors import UserError
+from ..errors import BadValue, UserError
 from .meter import TermMeter
 from .precision import Precision
+from .sharding import (
+    FSDP2,
+    Anchor,
+    asks_for_shards,
+    clip_gradients,
+    gathered,
+    gradient_norms,
+    refuse_unsupported,
+    shard,
+)
 
 # What EngineBox is mixed into. torchdistill has no types, so a checker lets all of a box's attributes through.
 if TYPE_CHECKING:
@@ -73,13 +84,14 @@ class EngineBox(_Box):
         self._buffers_before: list[Tensor] = []
         self._own_post_forward: Callable[..., None] | None = None
         self._alone: list[nn.Parameter] = []
+        self._anchor: Anchor | None = None
         super().__init__(*args)
 
     # What differs between torchdistill's box with a teacher and its box without one.
 
     @property
     def student(self) -> nn.Module:
-        """What trains: student, wrapper and DistributedDataParallel, whichever are there."""
+        """What trains: student, wrapper and DistributedDataParallel, whichever are there; it may be sharded."""
         return self.student_model if isinstance(self, DistillationBox) else self.model
 
     @property
@@ -90,7 +102,8 @@ class EngineBox(_Box):
     @property
     def wrapper(self) -> Any:
         """The student's auxiliary wrapper (an ``AuxiliaryModelWrapper``), None if it has none."""
-        inner = self.student.module if check_if_wrapped(self.student) else self.student
+        student = self.student
+        inner = student.module if check_if_wrapped(student) and not isinstance(student, FSDPModule) else student
         return inner if isinstance(inner, AuxiliaryModelWrapper) else None
 
     # Set-up, called by torchdistill for each stage.
@@ -108,7 +121,18 @@ class EngineBox(_Box):
             self.val_data_loader = val
 
     def setup_loss(self, train_config: dict[str, Any]) -> None:
-        """The criterion, its terms watched, and what it holds on the device (torchdistill leaves it behind)."""
+        """The criterion, its terms watched, and what it holds on the device (torchdistill leaves it behind).
+
+        And the student in shards where that is asked for: torchdistill goes on with the optimizer, which has to be
+        given those.
+        """
+        side = train_config.get("student" if isinstance(self, DistillationBox) else "model") or {}
+        if self.distributed and asks_for_shards(side):
+            if not _can_be_wrapped(self.student):
+                own = type(self.student).__name__
+                raise BadValue(f"{FSDP2} cannot be combined with {own}, take DistributedDataParallel", FSDP2)
+            shard(self.student, self.device, side)
+            self._anchor = Anchor(self.student)
         super().setup_loss(train_config)
         self.terms.attach(self.criterion)
         if isinstance(self.criterion, AbstractLoss):
@@ -162,7 +186,8 @@ class EngineBox(_Box):
         averaging = model.no_sync() if not last and isinstance(model, DistributedDataParallel) else nullcontext()
         try:
             with averaging, self.precision.autocast():
-                return super().forward_process(*args, **kwargs)
+                loss = super().forward_process(*args, **kwargs)
+            return loss if self._anchor is None else self._anchor(loss)
         except RuntimeError as error:
             if "Expected to have finished reduction" not in str(error):
                 raise
@@ -189,7 +214,7 @@ class EngineBox(_Box):
             scaler.unscale_(optimizer)
             self._measure_gradients()
             if self.max_grad_norm is not None and self.gradient_norm is not None:
-                nn.utils.clip_grads_with_norm_(self._trained(), self.max_grad_norm, self.gradient_norm)
+                clip_gradients(self._trained(), self.max_grad_norm, self.gradient_norm)
             if self.spare:
                 self._step_unless_spoilt()
             else:
@@ -217,7 +242,7 @@ class EngineBox(_Box):
         """Takes the gradients' norms; nothing is waited for."""
         trained = {p: p.grad for p in self._trained() if p.grad is not None}
         if trained:
-            norms = torch.stack(torch._foreach_norm(list(trained.values())))
+            norms = gradient_norms(list(trained.values()))
             self.gradient_norm, self.gradient_norms = torch.linalg.vector_norm(norms), (list(trained), norms)
 
     def _buffers(self) -> list[Tensor]:
@@ -269,9 +294,10 @@ class EngineBox(_Box):
     def post_epoch_process(self, *args: Any, **kwargs: Any) -> None:
         """torchdistill's, which does not see an auxiliary wrapper inside DistributedDataParallel."""
         wrapper = self.wrapper
-        if wrapper is not None and wrapper is not self.student:
-            wrapper.post_epoch_process()
-        super().post_epoch_process(*args, **kwargs)
+        with gathered(self.student):  # a wrapper may save something
+            if wrapper is not None and wrapper is not self.student:
+                wrapper.post_epoch_process()
+            super().post_epoch_process(*args, **kwargs)
 
 
 class _Training(EngineBox, TrainingBox):
@@ -308,7 +334,10 @@ def build_box(
         student: the bare student.
         args: ``dataset_dict, train_config, device, device_ids, distributed, lr_factor`` as torchdistill takes them.
     """
-    staged = "stage1" in args[1]
+    _, train_config, _, _, distributed, _ = args
+    if distributed:
+        refuse_unsupported(train_config)
+    staged = "stage1" in train_config
     if teacher is None:
         return (_StagedTraining if staged else _Training)(load, precision, terms, compile_modes, spare, student, *args)
     return (_StagedDistillation if staged else _Distillation)(
@@ -322,7 +351,12 @@ def _compile(model: nn.Module, mode: bool | str | None) -> None:
 
 
 def _needs_ddp(model: nn.Module) -> bool:
-    """Whether gradients of ``model`` would stay on their process.
+    """Whether gradients of ``model`` would stay on their process."""
+    return _can_be_wrapped(model) and any(p.requires_grad for p in model.parameters())
+
+
+def _can_be_wrapped(model: nn.Module) -> bool:
+    """Whether the whole of ``model`` can be inside DistributedDataParallel, or be sharded.
 
     torchdistill's own auxiliary wrappers bring their DistributedDataParallel. One with a ``secondary_forward``
     cannot be inside another, as torchdistill would not find it there.
@@ -330,9 +364,7 @@ def _needs_ddp(model: nn.Module) -> bool:
     if any(check_if_wrapped(module) for module in model.modules()):
         return False
     own_forward = type(model).secondary_forward if isinstance(model, AuxiliaryModelWrapper) else None
-    if own_forward not in (None, AuxiliaryModelWrapper.secondary_forward):
-        return False
-    return any(p.requires_grad for p in model.parameters())
+    return own_forward in (None, AuxiliaryModelWrapper.secondary_forward)
 
 
 def _outside_of_ddp(optimizer: torch.optim.Optimizer, *models: nn.Module | None) -> list[nn.Parameter]:

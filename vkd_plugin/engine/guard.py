@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .meter import StepFigures
+from .sharding import local
 
 # The factor begins at 2^16; below 2^-34 nothing of a gradient is left in float16.
 SCALER_SKIPS_IN_A_ROW = 50
@@ -118,10 +119,10 @@ def diagnosis(
         recent: those of the steps up to it.
         samples: indices into the training data set, where they can be told.
         paths: their files, where the data set knows them.
-        trained: what trains, by name.
+        trained: what trains, by name; of shards, the norm of this process's part is told.
         rank: the process whose batch it was.
     """
-    weights = {name: float(parameter.detach().float().norm()) for name, parameter in trained.items()}
+    weights = {name: float(local(parameter.detach()).float().norm()) for name, parameter in trained.items()}
     gradients: dict[str, float] = {}
     if figures.gradients is not None:
         names = {id(parameter): name for name, parameter in trained.items()}
@@ -159,8 +160,8 @@ def sample_paths(dataset: Any, samples: Iterable[Any]) -> list[str] | None:
 
 
 def weights_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether all of them are; waits for the device once."""
-    tensors = [p.detach() for p in parameters if p.is_floating_point()]
+    """Whether all of them are, as far as this process holds them; waits for the device once."""
+    tensors = [local(p.detach()) for p in parameters if p.is_floating_point()]
     return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 

@@ -156,7 +156,8 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
     """One epoch in one line: losses, validation metrics, learning rate, speed."""
     parts = [f"epoch {record['epoch']}/{epochs}"]
     parts += [f"{_short(k)} {v:.4f}" for k, v in record.items() if k == "loss" or k.startswith("loss/")]
-    parts += [f"{k} {v:.2f}" for k, v in record.items() if k.startswith("val/") and not k.endswith("loss")]
+    validation = [k for k in record if k.startswith(("val/", "val_ema/")) and not k.endswith("loss")]
+    parts += [f"{k} {record[k]:.2f}" for k in validation]
     parts += [f"grad norm {record['gradient_norm']:.3g}"] if "gradient_norm" in record else []
     parts += [f"lr {record['lr']:.2e}", f"{record['images_per_s']:.0f} img/s"]
     return "  ".join(parts)

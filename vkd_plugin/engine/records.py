@@ -108,8 +108,8 @@ class RunFolder:
         """Makes the folder what it was after ``epoch`` epochs of the run that ``checkpoint`` is from.
 
         Epochs that the checkpoint does not know are dropped, and files that a killed process left unfinished. A
-        damaged ``last.pt`` that ``checkpoint`` stands in for becomes ``last.pt.damaged``. If ``checkpoint`` is of
-        another folder, its run goes on here, and a run that this folder holds is moved aside.
+        ``last.pt`` that is not ``checkpoint`` (it is damaged, or another was asked for) becomes ``last.aside.pt``. If
+        ``checkpoint`` is of another folder, its run goes on here, and a run that this folder holds is moved aside.
 
         Returns:
             The records of ``metrics.jsonl``.
@@ -123,7 +123,7 @@ class RunFolder:
                 shutil.copyfile(best, self.best)
         elif checkpoint.name != self.last.name and self.last.exists():
             with writing(self.last):  # otherwise it would become previous.pt, in the place of a good one
-                self.last.replace(self.last.with_name(f"{self.last.name}.damaged"))
+                self.last.replace(self.last.with_name("last.aside.pt"))
         self._remove_unfinished()
         self.write_metrics(records)
         return records

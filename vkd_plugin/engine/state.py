@@ -18,17 +18,18 @@ from torchdistill.losses.high_level import AbstractLoss
 from ..errors import UserError
 from ..wrappers import ProjectedStudent
 from .box import EngineBox
+from .sharding import like, optimizer_state_like, state_like, whole
 
 
 def training_state(box: EngineBox) -> dict[str, Any]:
-    """Models, optimizer, scheduler and losses of a box."""
+    """Models, optimizer, scheduler and losses of a box; all processes have to ask, as tensors may be in shards."""
     scheduler = box.lr_scheduler
     return {
-        "model": box.bare_student.state_dict(),
-        "projectors": projectors_state(box.wrapper, box.bare_student),
+        "model": whole(box.bare_student.state_dict()),
+        "projectors": whole(projectors_state(box.wrapper, box.bare_student)),
         "teacher": _teacher_state(box),
         "criterion": {name: term.state_dict() for name, term in _criterion_parts(box)},
-        "optimizer": box.optimizer.state_dict(),
+        "optimizer": whole(box.optimizer.state_dict()),
         "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
         "classes": {"optimizer": _class_name(box.optimizer), "lr_scheduler": _class_name(scheduler)},
         "stage_grad_count": box.stage_grad_count,
@@ -52,7 +53,7 @@ def load_training_state(box: EngineBox, state: Mapping[str, Any], changed: tuple
         UserError, RuntimeError, ValueError, KeyError: it does not fit.
     """
     notes = []
-    box.bare_student.load_state_dict(state["model"])
+    box.bare_student.load_state_dict(state_like(state["model"], box.bare_student))
     load_projectors(box.wrapper, state["projectors"])
     _load_teacher(box, state.get("teacher") or {})
     saved_terms = state.get("criterion") or {}
@@ -88,7 +89,7 @@ def load_projectors(wrapper: nn.Module | None, state: Mapping[str, Tensor]) -> N
         UserError: names or shapes do not fit the wrapper.
     """
     if isinstance(wrapper, ProjectedStudent):
-        wrapper.load_projector_state_dict(state)
+        wrapper.load_projector_state_dict(state_like(state, wrapper.features))
     elif wrapper is not None:
         _copy_into(dict((*_tensors(wrapper),)), state, type(wrapper).__name__)
 
@@ -129,7 +130,7 @@ def _copy_into(own: Mapping[str, Tensor], state: Mapping[str, Tensor], owner: st
         for name, tensor in state.items():
             if name not in own:
                 raise UserError(f"the checkpoint's '{name}' is not part of {owner}")
-            own[name].copy_(tensor)
+            own[name].copy_(like(tensor, own[name]))
 
 
 def _criterion_parts(box: EngineBox) -> Iterator[tuple[str, nn.Module]]:
@@ -146,7 +147,7 @@ def _criterion_parts(box: EngineBox) -> Iterator[tuple[str, nn.Module]]:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], keep_options: bool) -> None:
     options = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(dict(state))
+    optimizer.load_state_dict(optimizer_state_like(state, optimizer))
     if keep_options:
         for group, own in zip(optimizer.param_groups, options, strict=True):
             group.update(own)

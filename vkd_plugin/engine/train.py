@@ -1,5 +1,6 @@
 """The training loop: data, teacher, student, losses, backward, step, record."""
 
+import json
 import logging
 import math
 import random
@@ -40,7 +41,7 @@ from .precision import Precision
 from .processes import Processes, Votes
 from .progress import EpochProgress, epoch_line
 from .randomness import address
-from .records import RunFolder, versions
+from .records import RunFolder, jsonable, versions
 from .signals import StoppedError, StopRequest
 from .state import load_training_state, training_state
 from .watch import Watch
@@ -165,6 +166,7 @@ class Trainer:
             self.folder.append_metrics(record)
             self.watch.board.add({name: v for name, v in record.items() if name not in ("epoch", "step")}, self.step)
             logger.info(epoch_line(record, epochs))
+            logger.debug("%s", json.dumps(jsonable(record)))  # to log.txt alone
         self._post_epoch(record)
         self._save_epoch(improved)  # last: a run cut off before repeats the epoch, its record included
         if self.epoch < epochs and self.processes.any(self.stop.requested):

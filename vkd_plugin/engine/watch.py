@@ -18,6 +18,7 @@ from .loaders import samples_of
 from .meter import Means, Readback, StepFigures, total
 from .processes import Processes
 from .records import write_atomically
+from .sharding import gathered
 
 logger = logging.getLogger("vkd_plugin")
 
@@ -84,8 +85,9 @@ class Watch:
         newest = self.guard.recent[-1] if self.guard.recent else StepFigures(0, 0, 0)
         if not self.failed and not weights_are_finite(self._box.student.parameters()):
             self._failure = self.stopped("a weight of the student is not finite", newest.epoch, newest.step)
-        if not self.failed:
-            self._judge_projectors(newest, {name: error.item() for name, error in self.orthogonality().items()})
+        if self._processes.any(self.failed):  # before the projectors, which may be in shards: all look at them or none
+            self.fail()
+        self._judge_projectors(newest, {name: error.item() for name, error in self.orthogonality().items()})
         if self._processes.any(self.failed):
             self.fail()
 
@@ -107,7 +109,7 @@ class Watch:
         return {"loss": math.nan} | {name: means[name] for name in order if name in means}
 
     def orthogonality(self) -> dict[str, Tensor]:
-        """max |W^T W - I| of each projector, on the device.
+        """max |W^T W - I| of each projector, on the device; all processes have to ask.
 
         Raises:
             NotFiniteError: a projector's raw weight is beyond repair.
@@ -116,7 +118,8 @@ class Watch:
         if not isinstance(wrapper, ProjectedStudent):
             return {}
         try:
-            return {_ORTHOGONALITY + name: error for name, error in wrapper.orthogonality_errors().items()}
+            with gathered(self._box.student):
+                return {_ORTHOGONALITY + name: error for name, error in wrapper.orthogonality_errors().items()}
         except ValueError as error:
             newest = self.guard.recent[-1] if self.guard.recent else StepFigures(0, 0, 0)
             raise NotFiniteError(self.stopped(str(error), newest.epoch, newest.step)) from error

@@ -14,11 +14,12 @@
 """
 
 import json
-import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from ..errors import ConfigError, UserError
+from ..engine.signals import STOP_SIGNALS, StoppedError
+from ..errors import EXIT_DONE, EXIT_STOPPED, ConfigError, UserError
 from ..suggest import nearest
 
 _TABLE_KEYS = ("title", "metric", "seeds", "rows")
@@ -113,10 +115,11 @@ def load_table(path: str | Path) -> Table:
 
 
 def run_missing(table: Table, device: str | None = None) -> None:
-    """Runs, one after another, each row and seed that has no ``summary.json`` yet.
+    """Runs, one after another, each row and seed that has no ``summary.json`` yet; one that was interrupted goes on.
 
     Raises:
         UserError: a run failed; what is done stays and is not run again.
+        StoppedError: a signal, which the present run got too, stopped it after saving.
     """
     missing = [(r, s) for r in table.rows for s in table.seeds if not _summary(table, r, s)]
     console = Console(stderr=True, highlight=False)
@@ -125,9 +128,43 @@ def run_missing(table: Table, device: str | None = None) -> None:
         command = [sys.executable, "-m", "vkd_plugin", *table.command(row, seed)]
         if device is not None:
             command += ["--device", device]
-        done = subprocess.run(command, env=os.environ)
-        if done.returncode != 0:
-            raise UserError(f"{row.name}, seed {seed}: the run ended with exit code {done.returncode}")
+        if _interrupted(table, row, seed):
+            command += ["--resume", "auto"]
+        code = _run(command)
+        if code == EXIT_STOPPED:
+            raise StoppedError(f"{row.name}, seed {seed}: stopped and saved; the same command goes on from there")
+        if code != EXIT_DONE:
+            raise UserError(f"{row.name}, seed {seed}: the run ended with exit code {code}")
+
+
+def _run(command: Sequence[str]) -> int:
+    """Exit code of a command that gets the signals that stop a run."""
+    # In a session of its own: Ctrl-C would reach it twice otherwise, from the terminal and from here, and the second
+    # signal ends a run at once.
+    child = subprocess.Popen(command, start_new_session=True)
+    before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in STOP_SIGNALS}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if child.poll() is None:
+            child.kill()
+
+
+def _interrupted(table: Table, row: Row, seed: int) -> bool:
+    """Whether the run's folder holds an unfinished run of the experiment that the row describes now."""
+    from ..config import load_experiment  # here: printing a table needs no torch
+    from ..config.changes import changes
+    from ..engine.checkpoint import LAST, has_checkpoint
+
+    folder = table.folder(row, seed)
+    if (folder / "summary.json").exists() or not has_checkpoint(folder / "checkpoints" / LAST):
+        return False
+    try:
+        return not changes((folder / "config.yaml").read_text("utf-8"), load_experiment(row.config, row.overrides))
+    except (OSError, ValueError, UserError):
+        return False
 
 
 def print_table(table: Table, markdown: bool = False) -> None:

@@ -21,6 +21,7 @@ from .processes import Processes, Votes, is_restarted, process_group
 from .progress import log_to, setup_logging
 from .records import RunFolder, default_output, device_name, environment, write_atomically
 from .resume import changed_parts, find_checkpoint
+from .sharding import is_sharded
 from .signals import StoppedError, StopRequest
 from .train import Result, Trainer, seed_everything, until_stopped
 
@@ -124,6 +125,9 @@ def _train_and_test(
             if folder is not None:
                 folder.finish()
             trainer.box.clean_modules()
+            if is_sharded(student):  # for good; another one takes the weights
+                section = model_sections(experiment)[1]
+                student = build_model(experiment, section, processes.device, processes.distributed)
             tested = _test(options, experiment, teacher, student, processes, path, stop)
             if folder is not None:
                 folder.write_summary(_summary(options, result, tested, processes))

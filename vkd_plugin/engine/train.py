@@ -42,6 +42,7 @@ from .processes import Processes, Votes
 from .progress import EpochProgress, epoch_line
 from .randomness import address
 from .records import RunFolder, jsonable, versions
+from .sharding import gathered, optimizer_state_like, whole
 from .signals import StoppedError, StopRequest
 from .state import load_training_state, training_state
 from .watch import Watch
@@ -101,6 +102,9 @@ class Trainer:
             self.precision = Precision(self.config.get("amp"), device)
         self._use_channels_last(teacher, student)
         skips_allowed = int(self.config.get("skip_nonfinite") or 0)
+        decay = (self.config.get("ema") or {}).get("decay")
+        with blame(experiment, "train", "ema"):  # before the student is in shards, which cannot be copied
+            self.ema = StudentEMA(student, decay) if decay is not None else None
         with blame(experiment, "train"):
             self.box: EngineBox = build_box(
                 loader_factory(seed, processes.rank, processes.world_size),
@@ -117,9 +121,8 @@ class Trainer:
                 processes.distributed,
                 lr_factor,
             )
-        decay = (self.config.get("ema") or {}).get("decay")
-        with blame(experiment, "train", "ema"):
-            self.ema = StudentEMA(student, decay) if decay is not None else None
+        if self.ema is not None:  # the box may have loaded other weights
+            self.ema.model.load_state_dict(whole(student.state_dict()))
         self._train_loader()  # that there is one, before anything is written
         self.epoch = 0  # epochs done
         self.position = Position()  # within the present epoch
@@ -201,7 +204,8 @@ class Trainer:
         with blame(self.experiment, "train"):
             box.post_forward_process(loss=loss)
         if self.ema is not None and box.optimizer_steps > steps_before:
-            self.ema.update(box.bare_student)
+            with gathered(box.student):
+                self.ema.update(box.bare_student)
         self.step += 1
         figures = StepFigures(self.step, self.epoch, self.position.batches, logs)
         self.position = position_at(loader, self.position.batches + 1)
@@ -293,7 +297,7 @@ class Trainer:
         for prefix, model in models.items():
             self._share_buffers(model)
             batches = until_stopped(loader, self.processes, self._votes, self.stop, self._stop_in_validation)
-            with self.precision.autocast():
+            with gathered(self.box.student), self.precision.autocast():
                 found = self.task.evaluate(model, batches, self.processes.device)
             metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
         return metrics
@@ -448,7 +452,7 @@ class Trainer:
         state = read_checkpoint(source)
         try:
             if state.get("optimizer") is not None:
-                self.box.optimizer.load_state_dict(state["optimizer"])
+                self.box.optimizer.load_state_dict(optimizer_state_like(state["optimizer"], self.box.optimizer))
             if state.get("lr_scheduler") is not None and self.box.lr_scheduler is not None:
                 self.box.lr_scheduler.load_state_dict(state["lr_scheduler"])
         except (ValueError, KeyError) as error:

@@ -52,8 +52,8 @@ class Board:
 
     def _give_up(self, error: BaseException) -> None:
         writer, self._writer = self._writer, None
+        logger.warning("TensorBoard events cannot be written any more: %s", error)
         if writer is not None:
-            logger.warning("TensorBoard events cannot be written any more: %s", error)
             with suppress(OSError):
                 writer.close()
 

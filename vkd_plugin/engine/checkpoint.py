@@ -14,7 +14,6 @@ import io
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 
 from ..errors import UserError
 from ..models.weights import first_line, read_checkpoint
+from ..seal import damage, sealed
 
 logger = logging.getLogger("vkd_plugin")
 
@@ -38,7 +38,7 @@ class SaveError(UserError):
 
 
 def save_atomically(state: Mapping[str, Any], path: Path, previous: Path | None = None) -> None:
-    """Writes ``state`` beside ``path``, reads it back from there, and only then gives it the name ``path``.
+    """Writes ``state`` beside ``path``, reads it back, and only then gives it the name ``path``.
 
     Args:
         state: tensors and plain values.
@@ -51,14 +51,22 @@ def save_atomically(state: Mapping[str, Any], path: Path, previous: Path | None 
     _write(_serialized(state), path, previous)
 
 
-def _serialized(state: Mapping[str, Any]) -> memoryview:
+def _serialized(state: Mapping[str, Any]) -> bytearray:
     # In memory first: torch.save to a full disk fails with a RuntimeError about positions in a file.
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    return buffer.getbuffer()
+    return sealed(buffer.getbuffer())
 
 
-def _write(content: memoryview, path: Path, previous: Path | None = None) -> None:
+def _prove_loadable(content: bytearray, path: Path) -> None:
+    """That nothing in it needs code to be read, such as an optimizer that keeps objects of its own."""
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a class does
+        raise UserError(f"{path}: would not be readable with weights_only=True: {first_line(error)}") from error
+
+
+def _write(content: bytearray, path: Path, previous: Path | None = None) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +74,8 @@ def _write(content: memoryview, path: Path, previous: Path | None = None) -> Non
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if damage := _damage(temporary):
-            raise OSError(f"what was written does not read back ({damage})")
+        if found := damage(temporary):
+            raise OSError(f"what was written does not read back: {found}")
         if previous is not None and path.exists():
             _keep(path, previous)
         temporary.replace(path)
@@ -80,12 +88,15 @@ def _write(content: memoryview, path: Path, previous: Path | None = None) -> Non
 
 def _keep(path: Path, previous: Path) -> None:
     """Gives ``path`` the name ``previous`` too, so that at no time there is no ``path``."""
+    if previous.exists() and previous.samefile(path):  # a process was killed between the two renamings
+        return
     link = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)
         link.replace(previous)
     except OSError:  # a file system without hard links: for a moment previous.pt is all there is
+        _remove(link)
         path.replace(previous)
 
 
@@ -114,19 +125,6 @@ def _why(error: OSError, folder: Path, size: int) -> str:
     return f"{text} ({size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint; None if they are those that were written.
-
-    torch.load does not look at the checksums in the file: a flipped bit would become a weight.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
-        return first_line(error)
-    return f"wrong checksum of {bad}" if bad is not None else None
-
-
 def read_run_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint that ``run.py`` wrote to go on from.
 
@@ -136,11 +134,11 @@ def read_run_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        damage = _damage(path)
+        found = damage(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if damage:
-        raise UserError(f"{path}: not a readable checkpoint: {damage}")
+    if found:
+        raise UserError(f"{path}: not a readable checkpoint: {found}")
     state = read_checkpoint(path)
     missing = _NEEDED - state.keys()
     if missing:
@@ -158,16 +156,29 @@ def read_newest(path: Path) -> tuple[Path, dict[str, Any]]:
         UserError: none can be read.
     """
     problems: list[str] = []
-    for candidate in (path, *_fallbacks(path)):
+
+    def attempt(candidate: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
-            state = read_run_checkpoint(candidate)
+            return candidate, read_run_checkpoint(candidate)
         except UserError as error:
             problems.append(str(error))
-            continue
+            return None
+
+    found = attempt(path)
+    if found is None:
+        found = _newest(filter(None, map(attempt, _fallbacks(path))))
+        if found is None:
+            raise UserError("; ".join(problems))
         for problem in problems:
-            logger.warning("%s; going on from %s, step %d", problem, candidate, state["step"])
-        return candidate, state
-    raise UserError("; ".join(problems))
+            logger.warning("%s; going on from %s, step %d", problem, found[0], found[1]["step"])
+    return found
+
+
+def _newest(readable: Iterator[tuple[Path, dict[str, Any]]]) -> tuple[Path, dict[str, Any]] | None:
+    """Of previous.pt and the newest of those that were kept, the one that is further."""
+    first = next(readable, None)
+    second = next(readable, None) if first is not None and first[0].name == PREVIOUS else None
+    return second if first and second and second[1]["step"] > first[1]["step"] else first
 
 
 def has_checkpoint(last: Path) -> bool:
@@ -196,7 +207,8 @@ class Checkpoints:
     def __init__(self, folder: Path, carry_on: bool = False) -> None:
         self.last, self.best = folder / LAST, folder / BEST
         self.carry_on = carry_on
-        self._pending: dict[Path, memoryview] = {}
+        self._pending: dict[Path, bytearray] = {}
+        self._proved: set[Path] = set()
 
     def save_last(self, state: Mapping[str, Any]) -> None:
         """Where the run is; the one before becomes ``previous.pt``."""
@@ -220,7 +232,12 @@ class Checkpoints:
         self._write_pending()
 
     def _save(self, state: Mapping[str, Any], path: Path) -> None:
-        self._pending[path] = _serialized(state)
+        content = _serialized(state)
+        if path not in self._proved:
+            _prove_loadable(content, path)
+            self._proved.add(path)
+        self._pending.pop(path, None)  # so that it comes last: best.pt is written before the last.pt that knows of it
+        self._pending[path] = content
         try:
             self._write_pending()
         except SaveError as error:

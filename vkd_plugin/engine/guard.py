@@ -11,6 +11,7 @@ GPU a few more steps may therefore have run when the bad one is noticed; none of
 """
 
 import math
+import operator
 from collections import deque
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -35,6 +36,7 @@ class Verdict(Enum):
     FINE = "fine"
     SCALER = "the gradient scaler left the step out"
     SKIPPED = "left out, as skip_nonfinite allows"
+    SKIPPED_TOO = "part of an accumulation that is left out already"
     STOP = "the run has to stop"
 
 
@@ -58,6 +60,7 @@ class NumberGuard:
         self.scaler_skips = 0
         self.recent: deque[StepFigures] = deque(maxlen=_RECENT)
         self._scaler_skips_in_a_row = 0
+        self._leaving_out = False
 
     def judge(self, figures: StepFigures) -> Verdict:
         """The verdict on a step; to be asked once for each, in order."""
@@ -69,22 +72,27 @@ class NumberGuard:
             return Verdict.SCALER if self._scaler_skips_in_a_row <= SCALER_SKIPS_IN_A_ROW else Verdict.STOP
         if norm is not None:
             self._scaler_skips_in_a_row = 0
+        left_out, self._leaving_out = self._leaving_out, self._leaving_out and norm is None
         if not not_finite(figures.values):
             return Verdict.FINE
+        if left_out:
+            return Verdict.SKIPPED_TOO
         if self.skipped < self.skips_allowed:
             self.skipped += 1
+            self._leaving_out = norm is None  # the optimizer's step, with more batches in it, is still to come
             return Verdict.SKIPPED
         return Verdict.STOP
 
     def state(self) -> dict[str, int]:
         """What :meth:`load` takes."""
-        names = ("skipped", "scaler_skips", "_scaler_skips_in_a_row")
-        return {name.lstrip("_"): getattr(self, name) for name in names}
+        names = ("skipped", "scaler_skips", "_scaler_skips_in_a_row", "_leaving_out")
+        return {name.lstrip("_"): int(getattr(self, name)) for name in names}
 
     def load(self, state: Mapping[str, int]) -> None:
         """Goes on counting."""
         self.skipped, self.scaler_skips = state["skipped"], state["scaler_skips"]
         self._scaler_skips_in_a_row = state["scaler_skips_in_a_row"]
+        self._leaving_out = bool(state["leaving_out"])
 
 
 def not_finite(values: Mapping[str, float]) -> list[str]:
@@ -137,7 +145,7 @@ def diagnosis(
         "what": explain(figures),
         "not_finite": not_finite(figures.values),
         "values": _readable(figures.values),
-        "samples": samples,
+        "samples": None if samples is None else [_plain(sample) for sample in samples],
         "paths": paths,
         "gradient_norms": _readable(_worst(gradients)),
         "weight_norms": _readable(_worst(weights)),
@@ -163,6 +171,14 @@ def weights_are_finite(parameters: Iterable[torch.Tensor]) -> bool:
     """Whether all of them are, as far as this process holds them; waits for the device once."""
     tensors = [local(p.detach()) for p in parameters if p.is_floating_point()]
     return not tensors or bool(torch.stack([t.isfinite().all() for t in tensors]).all())
+
+
+def _plain(sample: Any) -> Any:
+    """An index that JSON knows: samplers may yield numpy's integers, or tensors."""
+    try:
+        return operator.index(sample)
+    except TypeError:
+        return str(sample)
 
 
 def _worst(norms: Mapping[str, float]) -> dict[str, float]:

@@ -229,8 +229,9 @@ def position_at(loader: DataLoader[Any], batch: int) -> Position:
 
 def samples_of(loader: DataLoader[Any], batch: int) -> list[Any] | None:
     """Indices of a batch of the present epoch; None where they cannot be told again."""
+    batches = _batches(loader)
     try:
-        return _batches(loader).indices(batch)
+        return batches.indices(batch) if batch >= batches.numbered_from else None
     except LookupError:
         return None
 
@@ -295,7 +296,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _is_dead_worker(error: RuntimeError) -> bool:
-    return "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "is killed" in str(error))
+    return str(error).startswith("DataLoader worker (pid")  # what a data set raises begins with "Caught ..."
 
 
 def _batches(loader: DataLoader[Any]) -> AddressedBatches:

@@ -1,6 +1,7 @@
 """The process group: one process, or N of them under torchrun (or Slurm), on CPUs or GPUs."""
 
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -185,9 +186,17 @@ def _first_to_fail() -> bool | None:
         return False
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started this job again after one of its processes failed (``--max-restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarted_job() -> str | None:
+    """This job's name, if torchrun has started it again after one of its processes failed (``--max-restarts``)."""
+    return job() if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 else None
+
+
+def job() -> str | None:
+    """A name that all attempts of one torchrun share and no other job has; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name in (None, "none"):  # what torchrun calls a job that --rdzv_id does not name
+        return None if name is None else f"{platform.node()}:{os.getppid()}"
+    return name
 
 
 def _launched() -> tuple[int, int | None, int]:

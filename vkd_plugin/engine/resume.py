@@ -9,16 +9,19 @@ from ..config import Experiment
 from ..config.changes import Change, changes, sentence
 from ..errors import UserError
 from .checkpoint import LAST, has_checkpoint, read_newest
-from .processes import is_restarted
-from .records import versions
+from .processes import job, restarted_job
+from .records import versions, write_atomically
 
 logger = logging.getLogger("vkd_plugin")
+
+_JOB = ".job"
 
 
 def find_checkpoint(resume: str | None, output: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that ``--resume`` means, and what it holds; None if the run is to begin from the start.
 
-    A job that torchrun has started again (``--max-restarts``) goes on from its own last checkpoint, asked or not.
+    A job that torchrun has started again (``--max-restarts``) goes on from its own last checkpoint, asked or not;
+    not from one of an earlier job in the same folder, which it may have had no time to move aside.
 
     Args:
         resume: ``auto``, a file, or None.
@@ -29,7 +32,7 @@ def find_checkpoint(resume: str | None, output: Path) -> tuple[Path, dict[str, A
     """
     last = output / "checkpoints" / LAST
     own = has_checkpoint(last)
-    if is_restarted() and own:
+    if own and is_own_folder(output):
         return read_newest(last)
     if resume is None:
         return None
@@ -39,6 +42,24 @@ def find_checkpoint(resume: str | None, output: Path) -> tuple[Path, dict[str, A
     if not file.is_file() and not (file.name == LAST and has_checkpoint(file)):
         raise UserError(f"--resume {file}: no such file")
     return read_newest(file)
+
+
+def is_own_folder(output: Path) -> bool:
+    """Whether this job, started again by torchrun, has written the run in the folder."""
+    restarted = restarted_job()
+    try:
+        return restarted is not None and (output / _JOB).read_text("utf-8") == restarted
+    except OSError:
+        return False
+
+
+def sign_folder(output: Path) -> None:
+    """Notes which job writes the run in the folder, for :func:`is_own_folder`."""
+    name = job()
+    if name is not None:
+        write_atomically(output / _JOB, name)
+    else:
+        (output / _JOB).unlink(missing_ok=True)
 
 
 def changed_parts(

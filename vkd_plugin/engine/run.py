@@ -17,10 +17,10 @@ from .build import blame, build_model, model_sections
 from .checkpoint import LAST, save_atomically
 from .loaders import loader_factory
 from .precision import Precision
-from .processes import Processes, Votes, is_restarted, process_group
+from .processes import Processes, Votes, process_group
 from .progress import log_to, setup_logging
 from .records import RunFolder, default_output, device_name, environment, write_atomically
-from .resume import changed_parts, find_checkpoint
+from .resume import changed_parts, find_checkpoint, is_own_folder, sign_folder
 from .sharding import is_sharded
 from .signals import StoppedError, StopRequest
 from .train import Result, Trainer, seed_everything, until_stopped
@@ -130,8 +130,8 @@ def _train_and_test(
                 student = build_model(experiment, section, processes.device, processes.distributed)
             tested = _test(options, experiment, teacher, student, processes, path, stop)
             if folder is not None:
-                folder.write_summary(_summary(options, result, tested, processes))
                 _write_student(experiment, folder)
+                folder.write_summary(_summary(options, result, tested, processes))  # last: now it is finished
     finally:
         trainer.box.clean_modules()
 
@@ -172,9 +172,10 @@ def _take_up(
     folder = trainer.folder
     if folder is not None:  # nothing was written up to here: a mistake in the configuration costs nothing
         if found is None:
-            folder.start_afresh(in_place=options.resume == "auto" or is_restarted())
+            folder.start_afresh(in_place=options.resume == "auto" or is_own_folder(folder.path))
         else:
             trainer.go_on(found[0])
+        sign_folder(folder.path)
         more = [Path(os.path.expanduser(options.run_log))] if options.run_log else []
         log_to(folder.path / "log.txt", *more)
         write_atomically(folder.path / "config.yaml", experiment.dump())

@@ -141,7 +141,7 @@ class Watch:
             if verdict in (Verdict.FINE, Verdict.SCALER):
                 self.means.add(measured)
                 self._judge_projectors(figures, projectors)
-            else:
+            elif verdict is not Verdict.SKIPPED_TOO:
                 self._explain(figures, verdict)
             if self.board and figures.logged:
                 self.board.add(measured, figures.step, prefix="step/")

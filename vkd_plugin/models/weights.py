@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..seal import broken
 
 
 def read_checkpoint(source: str | Path) -> dict[str, Any]:
@@ -28,6 +29,8 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
             path = Path(source).expanduser()
             if not path.is_file():
                 raise UserError(f"{path}: no such checkpoint")
+            if broken(path):
+                raise UserError(f"{path}: not a readable checkpoint: it was damaged after it was written")
             if path.suffix == ".safetensors":
                 loaded = load_file(path)
             else:

@@ -142,6 +142,25 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
             assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
 
 
+def test_gradients_that_wait_for_the_next_epoch_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve batches an epoch, five a step; stopped at the end of the first epoch, in the middle of an accumulation."""
+    more = ["--set", "train.optimizer.grad_accum_step=5"]
+    whole = _run(VKD, tmp_path / "whole", *more)
+    post_epoch = EngineBox.post_epoch_process
+
+    def stopped(self: EngineBox, *args: Any, **kwargs: Any) -> None:
+        post_epoch(self, *args, **kwargs)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineBox, "post_epoch_process", stopped)
+        _run(VKD, tmp_path / "part", *more, expect=75)
+    waiting = read_checkpoint(tmp_path / "part" / "checkpoints" / "last.pt")["ranks"][0]["gradients"]
+    assert any(gradient.abs().sum() > 0 for gradient in waiting)
+    _run(VKD, tmp_path / "part", *more, "--resume", "auto")
+    assert _metrics(tmp_path / "part") == whole
+
+
 def test_checkpoints_every_so_many_steps_and_epochs(tmp_path: Path) -> None:
     _run(VKD, tmp_path / "run", "--set", "train.checkpoint={every_steps: 5, keep: 1}", "--set", "train.num_epochs=1")
     folder = tmp_path / "run" / "checkpoints"

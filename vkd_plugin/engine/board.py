@@ -28,7 +28,7 @@ class Board:
         self._guarded(lambda: self._open(folder, step))
 
     def _open(self, folder: Path, step: int) -> None:
-        self._writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(folder, purge_step=step + 1)
 
     def add(self, values: Mapping[str, Any], step: int, prefix: str = "") -> None:
         """Each number among ``values`` as a point of its curve."""

@@ -35,6 +35,7 @@ from .sharding import (
     clip_gradients,
     gathered,
     gradient_norms,
+    local,
     refuse_unsupported,
     shard,
 )
@@ -82,6 +83,7 @@ class EngineBox(_Box):
         self.gradient_norms: tuple[list[nn.Parameter], Tensor] | None = None
         self._spoilt: Tensor | None = None
         self._buffers_before: list[Tensor] = []
+        self._has_stepped = False
         self._own_post_forward: Callable[..., None] | None = None
         self._alone: list[nn.Parameter] = []
         self._anchor: Anchor | None = None
@@ -153,6 +155,7 @@ class EngineBox(_Box):
     def setup(self, train_config: dict[str, Any]) -> None:
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
         super().setup(train_config)
+        self._has_stepped = False
         if self.distributed:
             self._average_gradients()
         if self._own_post_forward is not None:
@@ -180,7 +183,7 @@ class EngineBox(_Box):
         """Teacher, student and criterion under autocast; gradients are averaged once per optimizer step."""
         self.gradient_norm = self.gradient_norms = None
         last = (self.stage_grad_count + 1) % self.grad_accum_step == 0
-        if self.spare and self.stage_grad_count % self.grad_accum_step == 0:
+        if self.spare and not self._buffers_before:
             self._buffers_before = [buffer.clone() for buffer in self._buffers()]
         model = self.student
         averaging = model.no_sync() if not last and isinstance(model, DistributedDataParallel) else nullcontext()
@@ -211,6 +214,8 @@ class EngineBox(_Box):
             self._spoilt = bad if self._spoilt is None else self._spoilt | bad
         if stepped:
             self._average_alone()  # before the scaler looks for infinities, so that all processes find the same
+            if self.spare:
+                self._agree_on_losses()
             scaler.unscale_(optimizer)
             self._measure_gradients()
             if self.max_grad_norm is not None and self.gradient_norm is not None:
@@ -257,28 +262,38 @@ class EngineBox(_Box):
     def _step_unless_spoilt(self) -> None:
         """The optimizer step, if loss and gradients are finite; else everything stays as it was before the batch.
 
-        Fused optimizers are told on the device. The others have to be called or not, for which a GPU is waited for.
+        Fused optimizers are told on the device, from their second step on: a first one that is left out would leave
+        them with uninitialised state. The others have to be called or not, for which a GPU is waited for.
         """
         optimizer, scaler = self.optimizer, self.precision.scaler
         assert self._spoilt is not None
         spoilt = self._spoilt
         if self.gradient_norm is not None and not scaler.is_enabled():  # else the scaler sees to gradients
             spoilt = spoilt | ~self.gradient_norm.isfinite()
-        if self.distributed:
-            votes = spoilt.int()
-            dist.all_reduce(votes, dist.ReduceOp.MAX)
-            spoilt = votes.bool()
         for buffer, before in zip(self._buffers(), self._buffers_before, strict=True):
             buffer.copy_(torch.where(spoilt, before, buffer))
         if scaler.is_enabled():
             scaler.step(optimizer)
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        elif self._has_stepped and getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.grad_scale, optimizer.found_inf = None, spoilt.float()
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf
         elif not spoilt:
             optimizer.step()
+            self._has_stepped = True
         self._spoilt, self._buffers_before = None, []
+
+    def _agree_on_losses(self) -> None:
+        """Has all processes leave out the step of a batch that was bad in one of them, the gradient scaler too."""
+        assert self._spoilt is not None
+        if self.distributed:
+            votes = self._spoilt.int()
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+            self._spoilt = votes.bool()
+        gradient = next((p.grad for p in self._trained() if p.grad is not None), None)
+        if self.precision.scaler.is_enabled() and gradient is not None:  # it goes by infinities among the gradients
+            here = local(gradient)
+            here.copy_(torch.where(self._spoilt, torch.inf, here))
 
     def _average_alone(self) -> None:
         """Averages over the processes the gradients that no DistributedDataParallel averages."""

@@ -5,7 +5,7 @@
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from ..errors import UserError
 from ..wrappers import ProjectedStudent
 from .box import EngineBox
-from .sharding import like, optimizer_state_like, state_like, whole
+from .sharding import like, local, optimizer_state_like, state_like, whole
 
 
 def training_state(box: EngineBox) -> dict[str, Any]:
@@ -28,7 +28,6 @@ def training_state(box: EngineBox) -> dict[str, Any]:
         "model": whole(box.bare_student.state_dict()),
         "projectors": whole(projectors_state(box.wrapper, box.bare_student)),
         "teacher": _teacher_state(box),
-        "criterion": {name: term.state_dict() for name, term in _criterion_parts(box)},
         "optimizer": whole(box.optimizer.state_dict()),
         "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
         "classes": {"optimizer": _class_name(box.optimizer), "lr_scheduler": _class_name(scheduler)},
@@ -56,10 +55,6 @@ def load_training_state(box: EngineBox, state: Mapping[str, Any], changed: tuple
     box.bare_student.load_state_dict(state_like(state["model"], box.bare_student))
     load_projectors(box.wrapper, state["projectors"])
     _load_teacher(box, state.get("teacher") or {})
-    saved_terms = state.get("criterion") or {}
-    for name, term in _criterion_parts(box):
-        if name in saved_terms:
-            term.load_state_dict(saved_terms[name])
     classes = state.get("classes") or {}
     if classes.get("optimizer", _class_name(box.optimizer)) == _class_name(box.optimizer):
         _load_optimizer(box.optimizer, state["optimizer"], keep_options="optimizer" in changed)
@@ -68,6 +63,49 @@ def load_training_state(box: EngineBox, state: Mapping[str, Any], changed: tuple
     notes += _load_scheduler(box, state["lr_scheduler"], classes.get("lr_scheduler"), bool(changed))
     box.stage_grad_count = state["stage_grad_count"]
     return notes
+
+
+def rank_state(box: EngineBox) -> dict[str, Any]:
+    """What each process has of its own: losses with a memory, and gradients that wait for more batches."""
+    gradients = None
+    if box.stage_grad_count % box.grad_accum_step:
+        gradients = [None if p.grad is None else local(p.grad).clone() for p in _trained(box.optimizer)]
+    return {"criterion": {name: term.state_dict() for name, term in _criterion_parts(box)}, "gradients": gradients}
+
+
+def load_rank_state(box: EngineBox, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
+    """Loads what :func:`rank_state` returned in each process, by rank.
+
+    With another number of processes one that is new takes over the first one's losses; waiting gradients are averaged,
+    as they would have been at the optimizer's step.
+    """
+    own = states[rank] if rank < len(states) else states[0]
+    for name, term in _criterion_parts(box):
+        if name in own["criterion"]:
+            term.load_state_dict(own["criterion"][name])
+    waiting = [state["gradients"] for state in states if state["gradients"] is not None]
+    trained = _trained(box.optimizer)
+    if len(waiting) != len(states) or any(len(gradients) != len(trained) for gradients in waiting):
+        return
+    for index, parameter in enumerate(trained):
+        found = [gradients[index] for gradients in waiting if gradients[index] is not None]
+        if not found:
+            continue
+        if len(states) == world_size and (mine := waiting[rank][index]) is not None:
+            gradient = torch.zeros_like(parameter)
+            local(gradient).copy_(mine)
+        elif all(part.shape == parameter.shape for part in found):
+            gradient = torch.zeros_like(parameter)
+            gradient.copy_(like(torch.stack(found).mean(dim=0), parameter))
+        else:  # shards, of which the others are not at hand
+            raise UserError(
+                "within an accumulation, sharded gradients can only go on with the same number of processes"
+            )
+        parameter.grad = gradient
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 # Models.

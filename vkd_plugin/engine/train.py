@@ -44,7 +44,7 @@ from .randomness import address
 from .records import RunFolder, jsonable, versions
 from .sharding import gathered, optimizer_state_like, whole
 from .signals import StoppedError, StopRequest
-from .state import load_training_state, training_state
+from .state import load_rank_state, load_training_state, rank_state, training_state
 from .watch import Watch
 
 logger = logging.getLogger("vkd_plugin")
@@ -333,7 +333,7 @@ class Trainer:
             "batch": self.position.batches,
             "samples": self.position.samples,
             "step": self.step,
-            "ranks": self.processes.gather({"generators": generators_state(), "means": self.watch.means.state()}),
+            "ranks": self.processes.gather(self._rank_state()),
             "guard": self.watch.guard.state(),
             "pace": vars(self.pace).copy(),
             "seconds": self.result.seconds + time.perf_counter() - self._started,
@@ -345,6 +345,10 @@ class Trainer:
             "config_digest": self.experiment.digest(),
             "versions": versions(),
         }
+
+    def _rank_state(self) -> dict[str, Any]:
+        own = {"generators": generators_state(), "means": self.watch.means.state()}
+        return own | rank_state(self.box)
 
     def save_last(self) -> None:
         """Writes ``last.pt``; all processes have to call it."""
@@ -402,6 +406,7 @@ class Trainer:
                 self.watch.means.load(ranks[rank]["means"])
             elif self.processes.is_main:
                 self.watch.means.load(*(of_rank["means"] for of_rank in ranks))
+            load_rank_state(box, ranks, rank, self.processes.world_size)
             if rank < len(ranks):
                 restore_generators(ranks[rank]["generators"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:

@@ -88,10 +88,11 @@ def load_rank_state(box: EngineBox, states: Sequence[Mapping[str, Any]], rank: i
     if len(waiting) != len(states) or any(len(gradients) != len(trained) for gradients in waiting):
         return
     for index, parameter in enumerate(trained):
+        mine = waiting[rank][index] if len(states) == world_size else None
         found = [gradients[index] for gradients in waiting if gradients[index] is not None]
-        if not found:
+        if not found or (mine is None and len(states) == world_size):
             continue
-        if len(states) == world_size and (mine := waiting[rank][index]) is not None:
+        if mine is not None:
             gradient = torch.zeros_like(parameter)
             local(gradient).copy_(mine)
         elif all(part.shape == parameter.shape for part in found):

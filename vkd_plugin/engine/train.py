@@ -127,6 +127,7 @@ class Trainer:
         self.epoch = 0  # epochs done
         self.position = Position()  # within the present epoch
         self.step = 0  # batches done in all
+        self._saved_step = 0
         self.watch = Watch(self.box, processes, self.path, skips_allowed)
         self.pace = Pace()
         self.stop = stop or StopRequest()
@@ -217,7 +218,8 @@ class Trainer:
         stopping, failed = self._votes.cast(self.stop.requested, self.watch.failed)
         if failed:
             self.watch.fail()
-        due = self.save_every_steps is not None and self.step % self.save_every_steps == 0
+        every = self.save_every_steps  # between optimizer steps, so the first chance after each multiple of it
+        due = every is not None and self.step // every > self._saved_step // every
         if within_epoch and (due or stopping):
             self._save_last()
         if within_epoch and stopping:
@@ -325,7 +327,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`resume` needs, tensors and plain values alone; all processes have to ask."""
-        best = self.result.best
+        best, self._saved_step = self.result.best, self.step
         return training_state(self.box) | {
             "ema": self.ema.averaged.state_dict() if self.ema else None,
             "scaler": self.precision.scaler.state_dict(),
@@ -397,7 +399,7 @@ class Trainer:
                 self.ema.model.load_state_dict(state["model"])
             if hasattr(box, "current_epoch"):
                 box.current_epoch = state["epoch"]
-            self.epoch, self.step = state["epoch"], state["step"]
+            self.epoch, self.step, self._saved_step = state["epoch"], state["step"], state["step"]
             self.position = Position(state["batch"], state["samples"])
             self.watch.guard.load(state["guard"])
             self.pace = Pace(**state["pace"])

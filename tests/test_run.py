@@ -18,6 +18,7 @@ import vkd_plugin
 from vkd_plugin.cli import main
 from vkd_plugin.engine.box import EngineBox
 from vkd_plugin.engine.records import MEASURED
+from vkd_plugin.engine.train import Trainer
 from vkd_plugin.models import digits_vit
 from vkd_plugin.models.weights import read_checkpoint
 
@@ -442,3 +443,51 @@ def test_on_a_gpu(tmp_path: Path, amp: str) -> None:
     records = _metrics(tmp_path / "run")
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["orthogonality_error/tokens"] < 1e-5
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_goes_on_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(folder: str, expect: int, *more: str) -> list[dict[str, Any]]:
+        arguments = ["--config", VKD, *SHORT, "--output", str(tmp_path / folder), "--device", "cuda"]
+        arguments += ["--set", "train.deterministic=true", *_dst(tmp_path / folder), *more]
+        assert main(arguments) == expect
+        return _metrics(tmp_path / folder)
+
+    whole = run("whole", 0)
+    step, steps = EngineBox.post_forward_process, []
+
+    def counted(self: EngineBox, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        steps.append(0)
+        if len(steps) == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(EngineBox, "post_forward_process", counted)
+    run("part", 75)
+    assert run("part", 0, "--resume", "auto") == whole
+    one, two = (read_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "part"))
+    for part in ("model", "projectors"):
+        assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "more", [(), ("--set", "train.skip_nonfinite=1", "--set", "train.optimizer.kwargs.fused=true")]
+)
+def test_a_healthy_step_on_a_gpu_waits_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    step, steps = Trainer._step, []
+
+    def watched(self: Trainer, *args: Any) -> None:
+        steps.append(0)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 3 else "default")  # libraries make handles at first
+        try:
+            step(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_step", watched)
+    arguments = ["--config", VKD, *SHORT, "--output", str(tmp_path / "run"), "--device", "cuda"]
+    assert main([*arguments, *_dst(tmp_path / "run"), "--set", "train.log_freq=1", *more]) == 0
+    assert len(steps) == 24

@@ -327,7 +327,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that :meth:`resume` needs, tensors and plain values alone; all processes have to ask."""
-        best, self._saved_step = self.result.best, self.step
+        best = self.result.best
         return training_state(self.box) | {
             "ema": self.ema.averaged.state_dict() if self.ema else None,
             "scaler": self.precision.scaler.state_dict(),
@@ -354,7 +354,7 @@ class Trainer:
 
     def save_last(self) -> None:
         """Writes ``last.pt``; all processes have to call it."""
-        state = self.state()
+        state, self._saved_step = self.state(), self.step
         if self.folder is not None:
             self.folder.checkpoints.save_last(state)
 
@@ -363,7 +363,7 @@ class Trainer:
         self.save_last()
 
     def _save_epoch(self, improved: bool) -> None:
-        state = self.state()
+        state, self._saved_step = self.state(), self.step
         if self.folder is None:
             return
         checkpoints = self.folder.checkpoints

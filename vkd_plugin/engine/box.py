@@ -62,6 +62,7 @@ class EngineBox(_Box):
         gradient_norm: of the last optimizer step, before clipping, on the device; None until there is one, and
             after a forward pass.
         gradient_norms: the parameters that have a gradient, and the norm of each, (P,).
+        left_out: whether the last optimizer step was, on the device; None without ``spare``.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class EngineBox(_Box):
         self._spoilt: Tensor | None = None
         self._buffers_before: list[Tensor] = []
         self._has_stepped = False
+        self.left_out: Tensor | None = None
         self._own_post_forward: Callable[..., None] | None = None
         self._alone: list[nn.Parameter] = []
         self._anchor: Anchor | None = None
@@ -281,7 +283,7 @@ class EngineBox(_Box):
         elif not spoilt:
             optimizer.step()
             self._has_stepped = True
-        self._spoilt, self._buffers_before = None, []
+        self.left_out, self._spoilt, self._buffers_before = spoilt, None, []
 
     def _agree_on_losses(self) -> None:
         """Has all processes leave out the step of a batch that was bad in one of them, the gradient scaler too."""

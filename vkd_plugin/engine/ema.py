@@ -1,6 +1,7 @@
 """An exponential moving average of the student's weights, evaluated beside the student."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -28,6 +29,15 @@ class StudentEMA:
         """The averaged student."""
         return self.averaged.module
 
-    def update(self, student: nn.Module) -> None:
-        """Takes in the student as it is after a step."""
+    def update(self, student: nn.Module, left_out: Tensor | None = None) -> None:
+        """Takes in the student as it is after a step.
+
+        Args:
+            student: the bare student.
+            left_out: a truth value on the device: the step was not made, and the average stays what it was.
+        """
+        tensors = [*self.averaged.parameters(), *self.averaged.buffers()] if left_out is not None else []
+        before = [tensor.clone() for tensor in tensors]
         self.averaged.update_parameters(student)
+        for tensor, old in zip(tensors, before, strict=True):
+            tensor.data.copy_(torch.where(left_out, old, tensor))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ Sections and keys keep torchdistill's meaning (``dataset_id``, ``dataset_wrapper
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -264,13 +265,14 @@ def batches_of(loader: DataLoader[Any], deaths_allowed: int = 3) -> Iterator[Any
     done = deaths = 0
     while True:
         batches.set_epoch(epoch, first + done, numbered_from)
+        iterator = _started(loader)
         try:
-            for batch in _started(loader):
+            for batch in iterator:
                 yield batch
                 done += 1
             return
-        except RuntimeError as error:
-            if not _is_dead_worker(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _is_death(error, iterator):
                 raise
             loader._iterator = None  # persistent workers are not asked again
             deaths += 1
@@ -295,8 +297,19 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     return iterator
 
 
-def _is_dead_worker(error: RuntimeError) -> bool:
-    return str(error).startswith("DataLoader worker (pid")  # what a data set raises begins with "Caught ..."
+def _is_death(error: Exception, iterator: Iterator[Any]) -> bool:
+    """Whether ``error`` comes of a worker's death.
+
+    The loader says so if it waits in vain; if it was just fetching a batch from the worker, the connection breaks.
+    """
+    if str(error).startswith("DataLoader worker (pid"):  # what a data set raises begins with "Caught ..."
+        return True
+    workers = getattr(iterator, "_workers", ())
+    for _ in range(20):  # a broken connection may be noticed before the process has quite ended
+        if any(not worker.is_alive() for worker in workers):
+            return True
+        time.sleep(0.05 if workers else 0)
+    return False
 
 
 def _batches(loader: DataLoader[Any]) -> AddressedBatches:

@@ -138,8 +138,10 @@ class RunFolder:
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
         probe = folder / f"probe.{os.getpid()}.tmp"
-        probe.write_bytes(b"can be written")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"can be written")
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _locked(self) -> IO[str]:
         lock = (self.path / ".lock").open("w")

@@ -206,7 +206,7 @@ class Trainer:
             box.post_forward_process(loss=loss)
         if self.ema is not None and box.optimizer_steps > steps_before:
             with gathered(box.student):
-                self.ema.update(box.bare_student)
+                self.ema.update(box.bare_student, box.left_out)
         self.step += 1
         figures = StepFigures(self.step, self.epoch, self.position.batches, logs)
         self.position = position_at(loader, self.position.batches + 1)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError, UserError
@@ -53,6 +54,7 @@ class Watch:
         self._readback = Readback()
         self._failure: str | None = None
         self._failed_here = False
+        self._beyond_repair = ""
 
     @property
     def failed(self) -> bool:
@@ -109,20 +111,17 @@ class Watch:
         return {"loss": math.nan} | {name: means[name] for name in order if name in means}
 
     def orthogonality(self) -> dict[str, Tensor]:
-        """max |W^T W - I| of each projector, on the device; all processes have to ask.
-
-        Raises:
-            NotFiniteError: a projector's raw weight is beyond repair.
-        """
+        """max |W^T W - I| of each projector, on the device; nan for all where a raw weight is beyond repair."""
         wrapper = self._box.wrapper
         if not isinstance(wrapper, ProjectedStudent):
             return {}
-        try:
-            with gathered(self._box.student):
-                return {_ORTHOGONALITY + name: error for name, error in wrapper.orthogonality_errors().items()}
-        except ValueError as error:
-            newest = self.guard.recent[-1] if self.guard.recent else StepFigures(0, 0, 0)
-            raise NotFiniteError(self.stopped(str(error), newest.epoch, newest.step)) from error
+        with gathered(self._box.student):
+            try:
+                errors = wrapper.orthogonality_errors()
+            except ValueError as error:
+                self._beyond_repair = f" ({error})"
+                errors = dict.fromkeys(wrapper.features, torch.tensor(math.nan))
+        return {_ORTHOGONALITY + name: error for name, error in errors.items()}
 
     def stopped(self, why: str, epoch: int, step: int) -> str:
         """The line that ends the run. ``epoch`` counts from 0."""
@@ -133,9 +132,11 @@ class Watch:
     def _judge(self, arrived: Iterable[StepFigures]) -> None:
         """Takes figures into the epoch's means, if there is nothing to object."""
         for figures in arrived:
-            verdict = self.guard.judge(figures)
-            measured = {name: v for name, v in figures.values.items() if not name.startswith(_ORTHOGONALITY)}
             projectors = {name: v for name, v in figures.values.items() if name.startswith(_ORTHOGONALITY)}
+            for name in projectors:
+                del figures.values[name]
+            verdict = self.guard.judge(figures)
+            measured = dict(figures.values)
             if verdict is Verdict.SCALER:
                 del measured["gradient_norm"]
             if verdict in (Verdict.FINE, Verdict.SCALER):
@@ -152,7 +153,7 @@ class Watch:
             if not error <= ORTHOGONALITY_LIMIT and not self.failed:
                 why = (
                     f"the projector of feature '{name.removeprefix(_ORTHOGONALITY)}' is not orthonormal, "
-                    f"max |W^T W - I| is {error:.1e} (limit {ORTHOGONALITY_LIMIT:.0e})"
+                    f"max |W^T W - I| is {error:.1e} (limit {ORTHOGONALITY_LIMIT:.0e}){self._beyond_repair}"
                 )
                 self._failure = self.stopped(why, figures.epoch, figures.step)
 

@@ -1,7 +1,10 @@
 """The process group: one process, or N of them under torchrun (or Slurm), on CPUs or GPUs."""
 
+import gc
 import os
 import platform
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,6 +158,9 @@ def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Proc
     host_group = dist.new_group(backend="gloo") if world_size is not None and chosen.type == "cuda" else None
     try:
         yield Processes(rank, world_size or 1, chosen, host_group)
+        if dist.is_initialized():
+            dist.barrier(group=host_group)  # what is still under way there ends before, such as a vote
+            gc.collect()  # DistributedDataParallel refers to the group
     except UserError as error:
         error.spoken = _first_to_fail()
         raise
@@ -166,7 +172,20 @@ def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Proc
         raise ended from error
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave(host_group)
+
+
+def _leave(host_group: Any) -> None:
+    """Ends the process group and its threads.
+
+    One of gloo's threads may be the last to hold a tensor. It then needs the interpreter, and if that has ended, the
+    process aborts. The end of a group waits for its threads, but only if nothing refers to the group any more, and
+    torch's FSDP keeps it in caches for good: such threads are given time to let go.
+    """
+    groups = [weakref.ref(group) for group in (dist.group.WORLD, host_group) if group is not None]
+    dist.destroy_process_group()
+    if any(group() is not None for group in groups):
+        time.sleep(0.2)
 
 
 def is_lost_peer(error: Exception) -> bool:

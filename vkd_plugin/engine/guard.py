@@ -15,6 +15,7 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,18 +66,18 @@ class NumberGuard:
     def judge(self, figures: StepFigures) -> Verdict:
         """The verdict on a step; to be asked once for each, in order."""
         self.recent.append(figures)
-        norm = figures.values.get("gradient_norm")
-        if self.scaled and norm is not None and math.isfinite(figures.values["loss"]) and not math.isfinite(norm):
+        norm, bad = figures.values.get("gradient_norm"), not_finite(figures.values)
+        left_out, self._leaving_out = self._leaving_out, self._leaving_out and norm is None
+        if bad and left_out:
+            return Verdict.SKIPPED_TOO
+        if self.scaled and bad == ["gradient_norm"]:
             self.scaler_skips += 1
             self._scaler_skips_in_a_row += 1
             return Verdict.SCALER if self._scaler_skips_in_a_row <= SCALER_SKIPS_IN_A_ROW else Verdict.STOP
         if norm is not None:
             self._scaler_skips_in_a_row = 0
-        left_out, self._leaving_out = self._leaving_out, self._leaving_out and norm is None
-        if not not_finite(figures.values):
+        if not bad:
             return Verdict.FINE
-        if left_out:
-            return Verdict.SKIPPED_TOO
         if self.skipped < self.skips_allowed:
             self.skipped += 1
             self._leaving_out = norm is None  # the optimizer's step, with more batches in it, is still to come
@@ -162,9 +163,10 @@ def sample_paths(dataset: Any, samples: Iterable[Any]) -> list[str] | None:
     """Files of samples, of data sets that list them as torchvision's ``ImageFolder`` does."""
     files = getattr(dataset, "samples", None)
     try:
-        return [str(files[index][0]) for index in samples] if files is not None else None
+        found = [files[index][0] for index in samples] if files is not None else []
     except (TypeError, LookupError):
         return None
+    return [str(path) for path in found] if found and all(isinstance(p, str | Path) for p in found) else None
 
 
 def weights_are_finite(parameters: Iterable[torch.Tensor]) -> bool:

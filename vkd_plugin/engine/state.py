@@ -41,9 +41,9 @@ def load_training_state(box: EngineBox, state: Mapping[str, Any], changed: tuple
     Args:
         box: of the same stage.
         state: see above.
-        changed: ``optimizer`` and ``scheduler``, where the configuration of these is not what it was. The
-            optimizer's options are then those of the configuration, and the learning rate is what it would be had
-            the present schedule been followed from the beginning.
+        changed: ``optimizer`` and ``scheduler``, where the configuration of these is not what it was. With either,
+            the optimizer's options are those of the configuration, and the learning rate is what it would be had the
+            present schedule been followed from the beginning.
 
     Returns:
         What could not be taken over, a sentence each.
@@ -57,7 +57,7 @@ def load_training_state(box: EngineBox, state: Mapping[str, Any], changed: tuple
     _load_teacher(box, state.get("teacher") or {})
     classes = state.get("classes") or {}
     if classes.get("optimizer", _class_name(box.optimizer)) == _class_name(box.optimizer):
-        _load_optimizer(box.optimizer, state["optimizer"], keep_options="optimizer" in changed)
+        _load_optimizer(box.optimizer, state["optimizer"], keep_options=bool(changed))
     else:
         notes.append(f"{_class_name(box.optimizer)} starts anew: the checkpoint's optimizer is {classes['optimizer']}")
     notes += _load_scheduler(box, state["lr_scheduler"], classes.get("lr_scheduler"), bool(changed))

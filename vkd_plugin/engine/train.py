@@ -137,6 +137,8 @@ class Trainer:
         self.save_every_steps: int | None = checkpoint.get("every_steps")
         self.keep_every_epochs: int | None = checkpoint.get("keep")
         self.result = Result(parameters=self._count_parameters())
+        text, digest = experiment.dump(), experiment.digest()  # once: slower than all the rest of a small checkpoint
+        self._described = {"config": text, "config_digest": digest, "versions": versions()}
         if teacher is not None and _is_frozen(teacher):
             self.result.teacher_digest = state_digest(teacher)
 
@@ -343,9 +345,7 @@ class Trainer:
             "best": best,
             "best_value": _score(best, self.task.metric) if best else 0.0,
             "seed": self.seed,
-            "config": self.experiment.dump(),
-            "config_digest": self.experiment.digest(),
-            "versions": versions(),
+            **self._described,
         }
 
     def _rank_state(self) -> dict[str, Any]:

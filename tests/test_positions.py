@@ -1,5 +1,6 @@
 """Where an epoch goes on: from any batch, with other processes and batch sizes, and after a worker has died."""
 
+import gc
 import logging
 import os
 import random
@@ -294,6 +295,7 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     """What the loaders warn of; torch looks after its workers twice a second rather than every five."""
     monkeypatch.setattr(logging.getLogger("vkd_plugin"), "propagate", True)
     monkeypatch.setattr(torch_loader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
+    monkeypatch.setattr(torch_loader._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
     return lambda: [record.getMessage() for record in caplog.records if record.name.endswith("loaders")]
 
 
@@ -372,3 +374,4 @@ def test_what_a_data_set_raises_is_not_taken_for_a_death(
     with pytest.raises(type(error), match=str(error).split("(")[0]):
         list(batches_of(make(Failing(error), num_workers=workers)))
     assert warnings() == []
+    gc.collect()  # the workers end here, not in a later test

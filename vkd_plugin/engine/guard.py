@@ -66,7 +66,11 @@ class NumberGuard:
     def judge(self, figures: StepFigures) -> Verdict:
         """The verdict on a step; to be asked once for each, in order."""
         self.recent.append(figures)
-        norm, bad = figures.values.get("gradient_norm"), not_finite(figures.values)
+        # What the optimizer's step goes by; a term that is not finite makes the loss so, unless it has no part in it.
+        decisive: dict[str, float] = {
+            name: figures.values[name] for name in ("loss", "gradient_norm") if name in figures.values
+        }
+        norm, bad = decisive.get("gradient_norm"), not_finite(decisive)
         left_out, self._leaving_out = self._leaving_out, self._leaving_out and norm is None
         if bad and left_out:
             return Verdict.SKIPPED_TOO
@@ -107,9 +111,6 @@ def explain(figures: StepFigures) -> str:
     terms = ", ".join(f"{name.removeprefix('loss/')} {v:g}" for name, v in values.items() if name.startswith("loss/"))
     if not math.isfinite(values["loss"]):
         return f"the loss is {values['loss']:g}{f' ({terms})' if terms else ''}"
-    bad_terms = [name.removeprefix("loss/") for name in not_finite(values) if name.startswith("loss/")]
-    if bad_terms:
-        return f"the loss term {bad_terms[0]} is not finite ({terms})"
     return f"the gradient's norm is {values.get('gradient_norm', math.nan):g} at a loss of {values['loss']:g}"
 
 

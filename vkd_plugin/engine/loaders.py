@@ -265,8 +265,9 @@ def batches_of(loader: DataLoader[Any], deaths_allowed: int = 3) -> Iterator[Any
     done = deaths = 0
     while True:
         batches.set_epoch(epoch, first + done, numbered_from)
-        iterator = _started(loader)
+        iterator: Iterator[Any] | None = None
         try:
+            iterator = _started(loader)
             for batch in iterator:
                 yield batch
                 done += 1
@@ -297,7 +298,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     return iterator
 
 
-def _is_death(error: Exception, iterator: Iterator[Any]) -> bool:
+def _is_death(error: Exception, iterator: Iterator[Any] | None) -> bool:
     """Whether ``error`` comes of a worker's death.
 
     The loader says so if it waits in vain; if it was just fetching a batch from the worker, the connection breaks.

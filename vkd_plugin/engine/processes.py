@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import UserError
 
@@ -150,12 +152,11 @@ def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Proc
     chosen = _device(device, local_rank if world_size is not None else None)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    host_group: Any = None
     if world_size is not None:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, init_method=dist_url, rank=rank, world_size=world_size, timeout=timedelta(minutes=30)
-        )
-    host_group = dist.new_group(backend="gloo") if world_size is not None and chosen.type == "cuda" else None
+        _meet("nccl" if chosen.type == "cuda" else "gloo", dist_url, rank, world_size)
+        if chosen.type == "cuda":
+            host_group = dist.new_group(backend="gloo")
     try:
         yield Processes(rank, world_size or 1, chosen, host_group)
         if dist.is_initialized():
@@ -173,6 +174,27 @@ def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Proc
     finally:
         if dist.is_initialized():
             _leave(host_group)
+
+
+def _meet(backend: str, dist_url: str, rank: int, world_size: int) -> None:
+    """Joins the process group.
+
+    torchrun with the c10d rendezvous keeps one store over all attempts of a job (``--max-restarts``). Without a prefix
+    a process that is started again finds its peer's address of the attempt before, and the next start fails too.
+    """
+    timeout = timedelta(minutes=30)
+    try:
+        store, rank, world_size = next(rendezvous(dist_url, rank, world_size, timeout=timeout))
+        store = dist.PrefixStore(f"attempt{_attempt()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"the processes cannot meet ({dist_url}, rank {rank} of {world_size}): {text}") from error
+
+
+def _attempt() -> int:
+    """How often torchrun has started this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _leave(host_group: Any) -> None:
@@ -198,24 +220,29 @@ def _first_to_fail() -> bool | None:
     if not dist.is_initialized():
         return None
     try:
-        # Under torchrun the store outlives a failed attempt (--max-restarts); each has a count of its own.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.distributed_c10d._get_default_store().add(f"vkd_plugin/failed/{attempt}", 1) == 1
+        return dist.distributed_c10d._get_default_store().add("vkd_plugin/failed", 1) == 1
     except RuntimeError:  # the process that keeps the store is gone, so it has failed before
         return False
 
 
 def restarted_job() -> str | None:
     """This job's name, if torchrun has started it again after one of its processes failed (``--max-restarts``)."""
-    return job() if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 else None
+    return job() if _attempt() > 0 else None
 
 
 def job() -> str | None:
     """A name that all attempts of one torchrun share and no other job has; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name in (None, "none"):  # what torchrun calls a job that --rdzv_id does not name
-        return None if name is None else f"{platform.node()}:{os.getppid()}"
-    return name
+    if name != "none":
+        return name
+    # What torchrun calls a job that --rdzv_id does not name: then it is this process's parent on this machine, whose
+    # number a later one may have again, in a container for one.
+    parent = os.getppid()
+    try:
+        started = Path(f"/proc/{parent}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{platform.node()}:{parent}:{started}"
 
 
 def _launched() -> tuple[int, int | None, int]:

@@ -42,6 +42,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
             return self
+        global _entered
+        _entered = self
         reader, writer = self._pipe = os.pipe()
         os.set_blocking(writer, False)
         self._other_pipe = _own_pipe(writer)
@@ -56,6 +58,8 @@ class StopRequest:
     ) -> None:
         if self._pipe is None or self._thread is None:
             return
+        global _entered
+        _entered = None
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         reader, writer = self._pipe
@@ -85,10 +89,20 @@ def _own_pipe(writer: int) -> int:
     return signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
 
+_entered: StopRequest | None = None
+
+
 def _in_child() -> None:
-    # A loader's worker inherits the pipe. A Ctrl-C reaches it too and would count as the second signal.
-    if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(-1)
+    """A forked process, such as a loader's worker, has no part in its parent's request."""
+    global _entered
+    request, _entered = _entered, None
+    if request is None or threading.current_thread() is not threading.main_thread():
+        return
+    signal.set_wakeup_fd(-1)  # a Ctrl-C reaches it too, and would count as the parent's second signal
+    for number, handler in request._before.items():
+        # It can be terminated; Ctrl-C and USR1 to the whole group are for the parent, which still needs its batches.
+        signal.signal(number, handler if number == signal.SIGTERM else signal.SIG_IGN)  # type: ignore[arg-type]
+    request._pipe = None
 
 
 os.register_at_fork(after_in_child=_in_child)

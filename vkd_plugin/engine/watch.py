@@ -14,7 +14,7 @@ from ..errors import NotFiniteError, UserError
 from ..wrappers import ProjectedStudent
 from .board import Board
 from .box import EngineBox
-from .guard import NumberGuard, Verdict, diagnosis, explain, file_name, not_finite, sample_paths, weights_are_finite
+from .guard import NumberGuard, Verdict, diagnosis, explain, file_name, sample_paths, weights_are_finite
 from .loaders import samples_of
 from .meter import Means, Readback, StepFigures, total
 from .processes import Processes
@@ -159,6 +159,8 @@ class Watch:
 
     def _explain(self, figures: StepFigures, verdict: Verdict) -> None:
         """Writes the diagnosis of a bad step; notes that the run has to stop, or says that it goes on."""
+        if self.failed:  # what comes after is what that step has done
+            return
         file = self._path / file_name(figures.step, self._processes.rank, self._processes.world_size)
         try:
             write_atomically(file, json.dumps(self._diagnosis(figures), indent=1) + "\n")
@@ -168,9 +170,9 @@ class Watch:
         if verdict is Verdict.SKIPPED:
             left = self.guard.skips_allowed - self.guard.skipped
             logger.warning("step %d left out: %s (%d more allowed); see %s", figures.step, what, left, file)
-        elif not self.failed:
+        else:
             self._failure = f"{self.stopped(what, figures.epoch, figures.step)}; see {file}"
-            self._failed_here = any(name.startswith("loss") for name in not_finite(figures.values))
+            self._failed_here = not math.isfinite(figures.values["loss"])
 
     def _diagnosis(self, figures: StepFigures) -> dict[str, Any]:
         loader = self._box.train_data_loader

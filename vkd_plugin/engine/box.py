@@ -261,6 +261,19 @@ class EngineBox(_Box):
             modules.append(self.teacher_model)
         return [buffer for module in modules for buffer in module.buffers()]
 
+    def accumulation(self) -> dict[str, Any]:
+        """What ``spare`` has to know of an accumulation that is not complete, for :meth:`load_accumulation`."""
+        return {"spoilt": self._spoilt, "buffers_before": [buffer.clone() for buffer in self._buffers_before]}
+
+    def load_accumulation(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what :meth:`accumulation` returned."""
+        if not self.spare or state["spoilt"] is None:
+            return
+        self._spoilt = state["spoilt"].to(self.device)
+        self._buffers_before = [
+            before.to(now.device) for before, now in zip(state["buffers_before"], self._buffers(), strict=True)
+        ]
+
     def _step_unless_spoilt(self) -> None:
         """The optimizer step, if loss and gradients are finite; else everything stays as it was before the batch.
 

@@ -58,14 +58,6 @@ def _serialized(state: Mapping[str, Any]) -> bytearray:
     return sealed(buffer.getbuffer())
 
 
-def _prove_loadable(content: bytearray, path: Path) -> None:
-    """That nothing in it needs code to be read, such as an optimizer that keeps objects of its own."""
-    try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a class does
-        raise UserError(f"{path}: would not be readable with weights_only=True: {first_line(error)}") from error
-
-
 def _write(content: bytearray, path: Path, previous: Path | None = None) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -76,6 +68,7 @@ def _write(content: bytearray, path: Path, previous: Path | None = None) -> None
             os.fsync(file.fileno())
         if found := damage(temporary):
             raise OSError(f"what was written does not read back: {found}")
+        _prove_loadable(temporary, path)
         if previous is not None and path.exists():
             _keep(path, previous)
         temporary.replace(path)
@@ -84,6 +77,15 @@ def _write(content: bytearray, path: Path, previous: Path | None = None) -> None
         why = _why(error, path.parent, len(content))
         _remove(temporary)
         raise SaveError(f"{path}: cannot save the checkpoint: {why}; what was saved before is intact") from error
+
+
+def _prove_loadable(temporary: Path, path: Path) -> None:
+    """That nothing in it needs code to be read, such as an object that an optimizer or scheduler keeps."""
+    try:
+        torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a class does
+        _remove(temporary)
+        raise UserError(f"{path}: would not be readable with weights_only=True: {first_line(error)}") from error
 
 
 def _keep(path: Path, previous: Path) -> None:
@@ -208,7 +210,6 @@ class Checkpoints:
         self.last, self.best = folder / LAST, folder / BEST
         self.carry_on = carry_on
         self._pending: dict[Path, bytearray] = {}
-        self._proved: set[Path] = set()
 
     def save_last(self, state: Mapping[str, Any]) -> None:
         """Where the run is; the one before becomes ``previous.pt``."""
@@ -232,12 +233,8 @@ class Checkpoints:
         self._write_pending()
 
     def _save(self, state: Mapping[str, Any], path: Path) -> None:
-        content = _serialized(state)
-        if path not in self._proved:
-            _prove_loadable(content, path)
-            self._proved.add(path)
         self._pending.pop(path, None)  # so that it comes last: best.pt is written before the last.pt that knows of it
-        self._pending[path] = content
+        self._pending[path] = _serialized(state)
         try:
             self._write_pending()
         except SaveError as error:

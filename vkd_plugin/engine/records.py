@@ -57,13 +57,14 @@ class RunFolder:
 
     Attributes:
         checkpoints: the run's.
+        records: those of ``metrics.jsonl``.
     """
 
     def __init__(self, path: Path, carry_on: bool = False) -> None:
         self.path = path
         self.carry_on = carry_on
         self.checkpoints = Checkpoints(path / "checkpoints", carry_on)
-        self._records: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = []
         self._torn = False
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -104,18 +105,18 @@ class RunFolder:
         lock.close()
         logger.info("%s holds an earlier run; moved to %s", self.path, moved)
 
-    def go_on(self, checkpoint: Path, epoch: int) -> list[dict[str, Any]]:
-        """Makes the folder what it was after ``epoch`` epochs of the run that ``checkpoint`` is from.
+    def go_on(self, checkpoint: Path, records: list[dict[str, Any]]) -> None:
+        """Makes the folder what it was when ``checkpoint`` was written.
 
-        Epochs that the checkpoint does not know are dropped, and files that a killed process left unfinished. A
-        ``last.pt`` that is not ``checkpoint`` (it is damaged, or another was asked for) becomes ``last.aside.pt``. If
-        ``checkpoint`` is of another folder, its run goes on here, and a run that this folder holds is moved aside.
+        Files that a killed process left unfinished are removed. A ``last.pt`` that is not ``checkpoint`` (it is
+        damaged, or another was asked for) becomes ``last.aside.pt``. If ``checkpoint`` is of another folder, its run
+        goes on here, and a run that this folder holds is moved aside.
 
-        Returns:
-            The records of ``metrics.jsonl``.
+        Args:
+            checkpoint: the file.
+            records: of the epochs that it knows.
         """
         source = checkpoint.resolve().parents[1]
-        records = [record for record in read_metrics(source) if record["epoch"] <= epoch]
         if source != self.path.resolve():
             self.start_afresh()
             best = source / "checkpoints" / "best.pt"
@@ -126,7 +127,6 @@ class RunFolder:
                 self.last.replace(self.last.with_name("last.aside.pt"))
         self._remove_unfinished()
         self.write_metrics(records)
-        return records
 
     def _remove_unfinished(self) -> None:
         for unfinished in (*self.path.glob("*.tmp"), *self.last.parent.glob("*.tmp")):
@@ -173,13 +173,15 @@ class RunFolder:
         Raises:
             UserError: it cannot be written, unless the run is to carry on.
         """
-        self._records.append(record)
+        self.records.append(record)
         try:
             if self._torn:
-                self.write_metrics(self._records)
+                self.write_metrics(self.records)
             else:
                 with writing(self._metrics) as path, path.open("a", encoding="utf-8") as file:
                     file.write(_json_line(record))
+                    file.flush()
+                    os.fsync(file.fileno())
             self._torn = False
         except UserError as error:
             self._torn = True
@@ -189,7 +191,7 @@ class RunFolder:
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replaces ``metrics.jsonl`` (a resumed run drops epochs that its checkpoint does not know)."""
-        self._records = list(records)
+        self.records = list(records)
         write_atomically(self._metrics, "".join(map(_json_line, records)))
 
     def finish(self) -> None:
@@ -200,7 +202,7 @@ class RunFolder:
         """
         self.checkpoints.finish()
         if self._torn:
-            self.write_metrics(self._records)
+            self.write_metrics(self.records)
 
     @property
     def _metrics(self) -> Path:

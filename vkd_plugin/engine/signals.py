@@ -7,11 +7,14 @@ What a scheduler sends before it takes a machine away: SIGTERM (Slurm, Kubernete
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 from ..errors import EXIT_STOPPED, UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+_HANDED_ON_WITHIN = 2.0  # seconds
 
 _END = b"\0"  # no signal has the number 0
 
@@ -29,11 +32,15 @@ class StopRequest:
     that waits for a peer that is gone. Signals are therefore read in a thread of its own, from the pipe that the
     interpreter writes their numbers to as they come in (``signal.set_wakeup_fd``).
 
+    A launcher hands a signal on that its processes may have got themselves (Slurm signals all processes of a step,
+    torchrun and its own alike): the same one again within a moment is the same request there.
+
     Outside of the main thread nothing is done: there signals are somebody else's.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._handed_on_within = _HANDED_ON_WITHIN if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
         self._before: dict[int, object] = {}
         self._pipe: tuple[int, int] | None = None
         self._other_pipe = -1
@@ -74,14 +81,16 @@ class StopRequest:
         self.requested = True
 
     def _watch(self, reader: int) -> None:
-        seen = 0
+        first: tuple[int, float] | None = None
         while _END not in (received := os.read(reader, 64)):
             for number in received:
                 if number not in STOP_SIGNALS:
                     continue
                 self.requested = True
-                seen += 1
-                if seen > 1:
+                now = time.monotonic()
+                if first is None:
+                    first = number, now
+                elif number != first[0] or now - first[1] > self._handed_on_within:
                     os._exit(128 + number)  # as a shell reports a process that a signal has ended
 
 

@@ -67,10 +67,12 @@ def load_training_state(box: EngineBox, state: Mapping[str, Any], changed: tuple
 
 def rank_state(box: EngineBox) -> dict[str, Any]:
     """What each process has of its own: losses with a memory, and gradients that wait for more batches."""
-    gradients = None
+    state: dict[str, Any] = {"criterion": {name: term.state_dict() for name, term in _criterion_parts(box)}}
+    state |= {"gradients": None, "accumulation": None}
     if box.stage_grad_count % box.grad_accum_step:
-        gradients = [None if p.grad is None else local(p.grad).clone() for p in _trained(box.optimizer)]
-    return {"criterion": {name: term.state_dict() for name, term in _criterion_parts(box)}, "gradients": gradients}
+        state["gradients"] = [None if p.grad is None else local(p.grad).clone() for p in _trained(box.optimizer)]
+        state["accumulation"] = box.accumulation()
+    return state
 
 
 def load_rank_state(box: EngineBox, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
@@ -83,6 +85,8 @@ def load_rank_state(box: EngineBox, states: Sequence[Mapping[str, Any]], rank: i
     for name, term in _criterion_parts(box):
         if name in own["criterion"]:
             term.load_state_dict(own["criterion"][name])
+    if own["accumulation"] is not None:
+        box.load_accumulation(own["accumulation"])
     waiting = [state["gradients"] for state in states if state["gradients"] is not None]
     trained = _trained(box.optimizer)
     if len(waiting) != len(states) or any(len(gradients) != len(trained) for gradients in waiting):
@@ -97,7 +101,7 @@ def load_rank_state(box: EngineBox, states: Sequence[Mapping[str, Any]], rank: i
             local(gradient).copy_(mine)
         elif all(part.shape == parameter.shape for part in found):
             gradient = torch.zeros_like(parameter)
-            gradient.copy_(like(torch.stack(found).mean(dim=0), parameter))
+            gradient.copy_(like(torch.stack(found).sum(dim=0) / len(states), parameter))
         else:  # shards, of which the others are not at hand
             raise UserError(
                 "within an accumulation, sharded gradients can only go on with the same number of processes"

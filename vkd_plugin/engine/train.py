@@ -128,6 +128,7 @@ class Trainer:
         self.position = Position()  # within the present epoch
         self.step = 0  # batches done in all
         self._saved_step = 0
+        self._records: list[dict[str, Any]] = []  # of the epochs before this process's
         self.watch = Watch(self.box, processes, self.path, skips_allowed)
         self.pace = Pace()
         self.stop = stop or StopRequest()
@@ -342,6 +343,7 @@ class Trainer:
             "pace": vars(self.pace).copy(),
             "seconds": self.result.seconds + time.perf_counter() - self._started,
             "resumed": self.result.resumed,
+            "records": list(self.folder.records) if self.folder else [],  # metrics.jsonl may be lost or torn
             "best": best,
             "best_value": _score(best, self.task.metric) if best else 0.0,
             "seed": self.seed,
@@ -421,6 +423,8 @@ class Trainer:
             )
         for note in notes:
             logger.warning("%s", note)
+        self._records = state["records"]
+        self.result.last = self._records[-1] if self._records else None
         self.result.best = state["best"]
         self.result.steps = self.step
         self.result.seconds = state["seconds"]
@@ -430,8 +434,7 @@ class Trainer:
         """Brings the folder to where :meth:`resume` found the run, as nothing before has to be able to fail."""
         if self.folder is None:
             return
-        records = self.folder.go_on(checkpoint, self.epoch)
-        self.result.last = records[-1] if records else None
+        self.folder.go_on(checkpoint, self._records)
         best = self.result.best
         if best is not None and not self._has_best(best):
             logger.warning("%s is not there or another epoch's; the next epoch counts as the best", self.folder.best)

@@ -162,7 +162,7 @@ def _work(rank: int, path: Path, jobs: list[Job]) -> None:
 
 def make_runs(path: Path, jobs: list[Job]) -> Runs:
     context = mp.spawn(_work, (path, jobs), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 60 * len(jobs)
     try:
         while not context.join(timeout=5):
             assert time.monotonic() < deadline, "the processes hang"
@@ -282,3 +282,48 @@ def test_what_cannot_be_sharded_is_one_line_with_its_place(runs: Runs, name: str
     assert message in line
     assert line.startswith("error: ")
     assert not (runs.path / name / "metrics.jsonl").exists()
+
+
+# Everything else that may be combined with shards, each against whole parameters.
+
+ACCUMULATED = ("train.optimizer.grad_accum_step=3", EMA)
+OPTIONS = {
+    "bfloat16": ("train.amp={dtype: bfloat16}",),
+    "float16": ("train.amp={dtype: float16}",),
+    "float16 that leaves out": ("train.amp={dtype: float16}", "train.skip_nonfinite=2"),
+    "a fused optimizer that leaves out": ("train.skip_nonfinite=2", "train.optimizer.kwargs.fused=True"),
+    "channels_last": ("train.channels_last=True",),
+    "frozen modules": ("train.student.frozen_modules=[patch_embed]",),
+    "only the projector trains": ("train.student.frozen_modules=[model]",),
+    "accumulation over the epoch's end": ACCUMULATED,
+    "compiled": ("train.compile={student: True, teacher: True}",),
+}
+
+
+@pytest.fixture(scope="module")
+def option_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    jobs = [Job(f"{name} {kind[-4:]}", (kind, *more)) for name, more in OPTIONS.items() for kind in (DDP, FSDP2)]
+    jobs += [
+        Job("stopped", (FSDP2, *ACCUMULATED), stop_after=1),
+        Job("stopped", (FSDP2, *ACCUMULATED), flags=("--resume", "auto")),
+    ]
+    jobs += [Job(f"ce {kind[-4:]}", (kind.replace("student", "model"),), config=CE) for kind in (DDP, FSDP2)]
+    return make_runs(tmp_path_factory.mktemp("options"), jobs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*OPTIONS, "ce"])
+def test_options_with_shards(option_runs: Runs, name: str) -> None:
+    shards, whole = f"{name} {FSDP2[-4:]}", f"{name} {DDP[-4:]}"
+    assert option_runs.codes[whole] == [[0, 0]], option_runs.errors[whole]
+    assert option_runs.codes[shards] == [[0, 0]], option_runs.errors[shards]
+    model, expected = option_runs.last(shards)["model"], option_runs.last(whole)["model"]
+    for key, value in model.items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_stop_within_an_accumulation(option_runs: Runs) -> None:
+    assert option_runs.codes["stopped"] == [[75, 75], [0, 0]]
+    name = "accumulation over the epoch's end"
+    assert_equal(option_runs.last("stopped"), option_runs.last(f"{name} {FSDP2[-4:]}"))

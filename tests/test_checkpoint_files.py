@@ -1,6 +1,7 @@
 """Checkpoint files: whatever happens to a file or a disk, what is read is what was saved, or nothing."""
 
 import errno
+import math
 import os
 import random
 import signal
@@ -30,8 +31,8 @@ from vkd_plugin.engine.checkpoint import (
     save_atomically,
 )
 from vkd_plugin.engine.processes import Processes
-from vkd_plugin.engine.records import RunFolder
-from vkd_plugin.engine.state import load_training_state, training_state
+from vkd_plugin.engine.records import RunFolder, read_metrics
+from vkd_plugin.engine.state import load_rank_state, load_training_state, rank_state, training_state
 from vkd_plugin.engine.train import Trainer
 from vkd_plugin.errors import UserError
 from vkd_plugin.random_state import generators_state, restore_generators
@@ -171,6 +172,8 @@ def _damage(file: Path) -> None:
     st.sampled_from(["fine", "damaged", "missing"]),
     st.booleans(),
 )
+@example({"previous": True, "epoch10": True}, "damaged", False)
+@example({"previous": True, "epoch10": True}, "missing", True)
 def test_the_newest_readable_checkpoint_is_found(others: dict[str, bool], last: str, late: bool) -> None:
     """``others``: whether each is readable. previous.pt is of before the newest epoch's end, or of after it."""
     steps = {"epoch1": 3, "epoch2": 6, "epoch10": 30, "last": 31, "previous": 30 if late else 29}
@@ -341,6 +344,22 @@ def test_a_folder_that_knows_no_fsync_is_no_obstacle(tmp_path: Path, disk: Disk)
     assert same(read_run_checkpoint(tmp_path / "last.pt"), checkpoint(1))
 
 
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_what_could_not_be_read_again_is_refused_whenever_it_comes(tmp_path: Path, before: int) -> None:
+    """A schedule that computes with numpy makes the learning rate numpy's, from its first step on."""
+    saving = Checkpoints(tmp_path)
+    for step in range(before):
+        saving.save_last(checkpoint(step))
+    try:
+        saving.save_last(checkpoint(before) | {"lr": np.float64(0.1)})
+    except UserError:
+        assert saving.last.exists() == (before > 0)
+    else:
+        assert read_run_checkpoint(saving.last)["lr"] == 0.1
+    if before:
+        assert read_run_checkpoint(saving.last)["step"] in (before - 1, before)
+
+
 # A disk that is full for a while.
 
 
@@ -440,6 +459,8 @@ def test_generators_go_on_from_a_file(seed: int, normals: int, numbers: int) -> 
 
 # Training's state.
 
+LABELS = torch.arange(8)
+
 SCHEDULES = {
     "SGD": ("{lr: 0.1, momentum: 0.9, nesterov: true}", "MultiStepLR", "{milestones: [1, 3], gamma: 0.5}"),
     "AdamW": ("{lr: 1.0e-3, amsgrad: true}", "OneCycleLR", "{max_lr: 0.01, total_steps: 20}"),
@@ -478,11 +499,10 @@ def trainer(optimizer: str, kwargs: str, scheduler: str | None = None, schedule:
 
 def steps(trained: Trainer, epochs: int = 2) -> None:
     """A step each epoch, and what torchdistill does at its end."""
-    generator = torch.Generator().manual_seed(1)
-    images, labels = torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     for epoch in range(epochs):
         trained.box.pre_epoch_process(epoch=epoch)
-        trained.box.post_forward_process(loss=trained.box.forward_process(images, labels, {}))
+        trained.box.post_forward_process(loss=trained.box.forward_process(images, LABELS, {}))
         trained.box.post_epoch_process(metrics=1.0)
 
 
@@ -573,6 +593,40 @@ def test_gradients_that_wait_for_more_batches_are_kept(tmp_path: Path) -> None:
     assert same(training_state(first.box), training_state(second.box))
 
 
+def test_a_bad_batch_that_waits_is_put_back_after_resuming_too(tmp_path: Path) -> None:
+    arguments = ("SGD", "{lr: 0.1, momentum: 0.9}", None, "{}", "train.optimizer.grad_accum_step=2")
+    first = trainer(*arguments, "train.skip_nonfinite=1")
+    steps(first, 2)
+    first.box.post_forward_process(loss=first.box.forward_process(torch.full((8, 1, 8, 8), math.nan), LABELS, {}))
+    save_atomically(first.state(), tmp_path / "last.pt")
+    second = trainer(*arguments, "train.skip_nonfinite=1")
+    second.resume(read_run_checkpoint(tmp_path / "last.pt"), tmp_path / "last.pt")
+    for again in (first, second):
+        steps(again, 1)
+        assert all(bool(tensor.isfinite().all()) for tensor in again.box.bare_student.state_dict().values())
+    assert same(training_state(first.box), training_state(second.box))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_waiting_gradients_of_processes_are_what_they_would_have_been_at_the_step(world_size: int) -> None:
+    """DistributedDataParallel counts a gradient that a process lacks as zero."""
+    arguments = ("SGD", "{lr: 0.1}", None, "{}", "train.optimizer.grad_accum_step=2")
+    saved = trainer(*arguments)
+    steps(saved, 1)
+    one, two = rank_state(saved.box), rank_state(saved.box)
+    two["gradients"] = [3 * gradient for gradient in two["gradients"]]
+    one["gradients"][0] = two["gradients"][1] = None
+    whole = [sum(g for g in pair if g is not None) / 2 for pair in zip(one["gradients"], two["gradients"], strict=True)]
+    loaded: list[list[torch.Tensor]] = []
+    for rank in range(world_size):
+        box = trainer(*arguments).box
+        load_rank_state(box, [one, two], rank, world_size)
+        parameters = [p for group in box.optimizer.param_groups for p in group["params"]]
+        loaded.append([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
+    for expected, *found in zip(whole, *loaded, strict=True):
+        torch.testing.assert_close(sum(found) / world_size, expected)
+
+
 # The folder.
 
 
@@ -625,7 +679,8 @@ def test_a_damaged_last_does_not_become_the_previous_one(tmp_path: Path) -> None
     damaged = run.last.read_bytes()
     previous, _ = read_newest(run.last)
     run.write_metrics([{"epoch": 1}, {"epoch": 2}, {"epoch": 3}])
-    assert [record["epoch"] for record in run.go_on(previous, 2)] == [1, 2]
+    run.go_on(previous, [{"epoch": 1}, {"epoch": 2}])
+    assert [record["epoch"] for record in read_metrics(run.path)] == [1, 2]
     assert not run.last.exists()
     assert damaged in [file.read_bytes() for file in run.last.parent.iterdir()]  # set aside, not thrown away
     run.checkpoints.save_last(checkpoint(9))

@@ -296,6 +296,7 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(logging.getLogger("vkd_plugin"), "propagate", True)
     monkeypatch.setattr(torch_loader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
     monkeypatch.setattr(torch_loader._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    monkeypatch.setattr(torch_loader._utils.signal_handling, "_SIGCHLD_handler_set", False)  # as in a new process
     return lambda: [record.getMessage() for record in caplog.records if record.name.endswith("loaders")]
 
 

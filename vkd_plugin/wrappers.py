@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdistill.common.file_util import check_if_exists
-from torchdistill.models.util import load_module_ckpt, save_module_ckpt
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torchdistill.common.file_util import check_if_exists, make_parent_dirs
+from torchdistill.common.main_util import is_main_process, save_on_master
+from torchdistill.models.util import load_module_ckpt
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from .errors import BadValue
@@ -183,7 +185,11 @@ class ProjectedStudent(AuxiliaryModelWrapper):
     def post_epoch_process(self, *args: Any, **kwargs: Any) -> None:
         """Saves the projectors to ``projectors_ckpt``; torchdistill calls it after each epoch."""
         if self.projectors_ckpt is not None:
-            save_module_ckpt(self.features, self.projectors_ckpt)
+            if is_main_process():
+                make_parent_dirs(self.projectors_ckpt)
+            # Whole tensors under fully_shard as well, for which all processes have to ask.
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            save_on_master(get_model_state_dict(self.features, options=options), self.projectors_ckpt)
 
     def projector_state_dict(self) -> dict[str, Tensor]:
         """State of the projectors alone, keys ``<feature>.projector.<name>``."""

@@ -33,7 +33,6 @@ from .sharding import (
     Anchor,
     asks_for_shards,
     clip_gradients,
-    gathered,
     gradient_norms,
     local,
     refuse_unsupported,
@@ -324,10 +323,9 @@ class EngineBox(_Box):
     def post_epoch_process(self, *args: Any, **kwargs: Any) -> None:
         """torchdistill's, which does not see an auxiliary wrapper inside DistributedDataParallel."""
         wrapper = self.wrapper
-        with gathered(self.student):  # a wrapper may save something
-            if wrapper is not None and wrapper is not self.student:
-                wrapper.post_epoch_process()
-            super().post_epoch_process(*args, **kwargs)
+        if wrapper is not None and wrapper is not self.student:
+            wrapper.post_epoch_process()
+        super().post_epoch_process(*args, **kwargs)
 
 
 class _Training(EngineBox, TrainingBox):

@@ -23,6 +23,9 @@ from torch import Tensor
 from vkd_plugin.cli import main
 from vkd_plugin.engine.box import EngineBox
 from vkd_plugin.engine.records import MEASURED
+from vkd_plugin.engine.sharding import FSDP2 as FSDP2_KEY
+from vkd_plugin.engine.sharding import refuse_unsupported
+from vkd_plugin.errors import BadValue
 from vkd_plugin.models import digits_vit
 from vkd_plugin.models.weights import read_checkpoint
 
@@ -41,6 +44,7 @@ FEATURES_ONLY = (
     "train.optimizer={key: 'SGD', kwargs: {lr: 0.5}}",
     "train.scheduler=null",
 )
+PROJECTORS = "train.student.auxiliary_model_wrapper.kwargs.projectors_ckpt={output}.projectors.pt"
 DDP = "train.student.wrapper=DistributedDataParallel"
 FSDP2 = "train.student.wrapper=FullyShardedDataParallel2"
 FREED = "train.student.wrapper={key: 'FullyShardedDataParallel2', kwargs: {reshard_after_forward: True}}"
@@ -112,14 +116,15 @@ REFUSED = {
 }
 
 JOBS = [
-    Job("ddp", (DDP, EMA)),
-    Job("fsdp", (FSDP2, EMA)),
+    Job("ddp", (DDP, EMA, PROJECTORS)),
+    Job("fsdp", (FSDP2, EMA, PROJECTORS)),
     Job("stopped", (FSDP2, EMA), stop_after=6),
     Job("stopped", (FSDP2, EMA), flags=("--resume", "auto")),
     Job("for one", (FSDP2, EMA), stop_after=1),
     Job("ddp clipped", (DDP, *CLIPPED)),
     Job("fsdp clipped", (FSDP2, *CLIPPED)),
     Job("features", (FREED, *FEATURES_ONLY)),
+    Job("not finite", (FSDP2.replace("student", "model"), "train.scheduler.kwargs.max_lr=1.0e+35"), config=CE),
     *(Job(name, tuple(overrides)) for name, (overrides, _) in REFUSED.items()),
 ]
 
@@ -131,7 +136,7 @@ def command(job: Job, path: Path, batch_size: int) -> list[str]:
         "datasets.digits/train.init.kwargs.fraction=0.12",
         f"train.train_data_loader.kwargs.batch_size={batch_size}",
         f"models.{section}.dst_ckpt={path / job.folder}.pt",
-        *job.overrides,
+        *(override.replace("{output}", str(path / job.folder)) for override in job.overrides),
     )
     sets = [word for override in overrides for word in ("--set", override)]
     return ["--config", job.config, "--output", str(path / job.folder), "--device", "cpu", *sets, *job.flags]
@@ -222,6 +227,8 @@ def test_what_is_saved_is_whole(runs: Runs) -> None:
     student = digits_vit()
     student.load_state_dict(state["model"])
     student.load_state_dict(read_checkpoint(runs.path / "fsdp.pt")["model"])
+    projectors = [torch.load(runs.path / f"{name}.projectors.pt", weights_only=True) for name in ("fsdp", "ddp")]
+    torch.testing.assert_close(*projectors, rtol=0, atol=0)
 
 
 def test_weight_decay_leaves_the_projector_alone(runs: Runs) -> None:
@@ -274,6 +281,13 @@ def test_a_loss_of_features_alone_trains(runs: Runs, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-4)
 
 
+def test_a_loss_that_is_not_finite_ends_all_processes(runs: Runs) -> None:
+    assert runs.codes["not finite"] == [[3, 3]]
+    (line,) = runs.errors["not finite"].splitlines()
+    assert "training stopped" in line
+    assert not (runs.path / "not finite" / "checkpoints" / "last.pt").exists()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_sharded_is_one_line_with_its_place(runs: Runs, name: str) -> None:
     _, message = REFUSED[name]
@@ -282,6 +296,14 @@ def test_what_cannot_be_sharded_is_one_line_with_its_place(runs: Runs, name: str
     assert message in line
     assert line.startswith("error: ")
     assert not (runs.path / name / "metrics.jsonl").exists()
+
+
+def test_stages_cannot_be_sharded() -> None:
+    whole, shards = ({"student": {"wrapper": wrapper}} for wrapper in ("DistributedDataParallel", FSDP2_KEY))
+    refuse_unsupported({"stage1": whole, "stage2": whole})
+    refuse_unsupported(shards)
+    with pytest.raises(BadValue, match="cannot be combined with stages"):
+        refuse_unsupported({"stage1": whole, "stage2": shards})
 
 
 # Everything else that may be combined with shards, each against whole parameters.

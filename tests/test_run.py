@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -377,6 +378,14 @@ def test_a_loss_that_is_not_finite_ends_with_exit_code_3(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+
+
+def test_a_projector_whose_weight_runs_away_ends_with_exit_code_3(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Finite, but beyond what its map is defined for: no mistake of the configuration's line."""
+    _run(VKD, tmp_path / "run", "--set", "train.scheduler.kwargs.max_lr=1.0e+35", expect=3)
+    assert re.search("error: training stopped: .* in epoch 1 at step [0-9]+", capfd.readouterr().err)
 
 
 def test_a_teacher_that_moves_is_an_error(

@@ -50,6 +50,10 @@ _NEWTON_STEPS = 9
 _Core = Callable[[Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
 
 
+class UndefinedMapError(ValueError):
+    """The weight has no image under the orthogonal map: it is not finite, too large, or not of full rank."""
+
+
 def orthogonalize(weight: Tensor, orthogonal_map: str = "matrix_exp", *, base: Tensor | None = None) -> Tensor:
     """The matrix with orthonormal columns (rows, if wide) that ``weight`` stands for.
 
@@ -466,7 +470,7 @@ def _require(condition: Tensor, message: str) -> Tensor | None:
     if not _may_look(condition):
         return condition
     if not condition:
-        raise ValueError(message)
+        raise UndefinedMapError(message)
     return None
 
 

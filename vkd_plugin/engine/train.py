@@ -21,6 +21,7 @@ from ..config import Experiment
 from ..errors import ConfigError, NotFiniteError, UserError
 from ..models.weights import is_url, read_checkpoint
 from ..random_state import generators_state, restore_generators
+from ..stiefel import UndefinedMapError
 from ..tasks.classification import Classification
 from ..teacher import state_digest
 from .board import Board
@@ -277,9 +278,14 @@ class Trainer:
                 return self.box.forward_process(*batch)
         except ConfigError as error:
             # After a device-side assertion (a label out of range, say) nothing can be read back any more.
-            if "device-side assert" in str(error) or weights_are_finite(self.box.student.parameters()):
+            if "device-side assert" in str(error):
                 raise
-            why = "a weight of the student is not finite"
+            if isinstance(error.__cause__, UndefinedMapError) and self.step:  # it was defined when training began
+                why = str(error.__cause__)
+            elif not weights_are_finite(self.box.student.parameters()):
+                why = "a weight of the student is not finite"
+            else:
+                raise
             raise NotFiniteError(self.watch.stopped(why, self.epoch, self.step + 1)) from error
 
     def _post_epoch(self, record: dict[str, Any]) -> None:

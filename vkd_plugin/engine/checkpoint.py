@@ -104,13 +104,12 @@ def _keep(path: Path, previous: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Makes the names durable, as fsync of a file does for its content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems know no fsync of a folder
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):  # some network file systems know no fsync of a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

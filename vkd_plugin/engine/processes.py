@@ -221,8 +221,8 @@ def _first_to_fail() -> bool | None:
         return None
     try:
         return dist.distributed_c10d._get_default_store().add("vkd_plugin/failed", 1) == 1
-    except RuntimeError:  # the process that keeps the store is gone, so it has failed before
-        return False
+    except RuntimeError:  # the process that keeps the store is gone; if it was killed, it has said nothing
+        return None
 
 
 def restarted_job() -> str | None:

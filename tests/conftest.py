@@ -1,5 +1,10 @@
 """Shared by all tests: no test leaves torchdistill's or torch's global state changed for the next."""
 
+import os
+
+# For this process and those that tests start: models are small, and threads that wait for each other cost more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

@@ -75,7 +75,7 @@ def scalar_overrides(draw: st.DrawFn) -> tuple[Path, str, str]:
     return path, key, f"{key}={draw(VALUES.get(tag, TEXTS))}"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(scalar_overrides())
 def test_an_override_of_a_scalar_changes_that_key_alone(drawn: tuple[Path, str, str]) -> None:
     path, key, override = drawn

@@ -3,8 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -116,25 +115,32 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_an_interrupted_table_goes_on_in_the_middle_of_a_row(tmp_path: Path) -> None:
+def test_an_interrupted_table_goes_on_in_the_middle_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = Path(__file__).parents[1] / "configs" / "digits" / "ce" / "vit.yaml"
     shorter = "['train.num_epochs=6', 'datasets.digits/train.init.kwargs.fraction=0.3']"
-    (tmp_path / "table.yaml").write_text(
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("table.yaml").write_text(
         "title: 'A table'\nmetric: 'test.student.top1'\nseeds: [0]\n"
         f"rows:\n  - {{name: 'one', config: '{config}', set: {shorter}}}\n"
     )
-    command = [sys.executable, "-m", "vkd_plugin", "table", "table.yaml", "--run", "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    folder = tmp_path / "runs" / "tables" / "table" / "one" / "seed0"
-    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    while not read_metrics(folder):
-        assert first.poll() is None
-        time.sleep(0.01)
-    first.send_signal(signal.SIGINT)
-    _, err = first.communicate(timeout=100)
-    assert first.returncode == 75, err
-    assert err.splitlines()[-1] == "error: one, seed 0: stopped and saved; the same command goes on from there"
+    command = ["table", "table.yaml", "--run", "--device", "cpu"]
+    folder = Path("runs", "tables", "table", "one", "seed0")
+
+    def interrupt() -> None:
+        while not read_metrics(folder):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    assert main(command) == 75
+    thread.join()
+    expected = "error: one, seed 0: stopped and saved; the same command goes on from there"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
     done = len(read_metrics(folder))
-    assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=200).returncode == 0
+    assert main(command) == 0
     assert done < len(read_metrics(folder)) == 6
     assert json.loads((folder / "summary.json").read_text())["resumed"] == 1

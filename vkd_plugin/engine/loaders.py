@@ -263,26 +263,29 @@ def batches_of(loader: DataLoader[Any], deaths_allowed: int = 3) -> Iterator[Any
     batches = _batches(loader)
     epoch, first, numbered_from = batches.epoch, batches.first_batch, batches.numbered_from
     done = deaths = 0
-    while True:
-        batches.set_epoch(epoch, first + done, numbered_from)
-        iterator: Iterator[Any] | None = None
-        try:
-            iterator = _started(loader)
-            for batch in iterator:
-                yield batch
-                done += 1
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            if not _is_death(error, iterator):
-                raise
-            loader._iterator = None  # persistent workers are not asked again
-            deaths += 1
-            if deaths > deaths_allowed:
-                raise UserError(
-                    f"data loader workers keep dying ({deaths} times in this epoch): {first_line(error)} "
-                    "Fewer num_workers, a smaller batch_size or more (shared) memory may help"
-                ) from error
-            logger.warning("%s New workers go on at batch %d of the epoch", first_line(error), first + done)
+    try:
+        while True:
+            batches.set_epoch(epoch, first + done, numbered_from)
+            iterator: Iterator[Any] | None = None
+            try:
+                iterator = _started(loader)
+                for batch in iterator:
+                    yield batch
+                    done += 1
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _is_death(error, iterator):
+                    raise
+                loader._iterator = None  # persistent workers are not asked again
+                deaths += 1
+                if deaths > deaths_allowed:
+                    raise UserError(
+                        f"data loader workers keep dying ({deaths} times in this epoch): {first_line(error)} "
+                        "Fewer num_workers, a smaller batch_size or more (shared) memory may help"
+                    ) from error
+                logger.warning("%s New workers go on at batch %d of the epoch", first_line(error), first + done)
+    finally:
+        batches.set_epoch(epoch, first, numbered_from)  # the next evaluation goes through the same batches
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -163,13 +163,13 @@ def process_group(device: str | None, dist_url: str = "env://") -> Iterator[Proc
             dist.barrier(group=host_group)  # what is still under way there ends before, such as a vote
             gc.collect()  # DistributedDataParallel refers to the group
     except UserError as error:
-        error.spoken = _first_to_fail()
+        error.spoken = _first_to_fail(otherwise=False)
         raise
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         ended = UserError("another process of this run has ended")
-        ended.spoken = _first_to_fail()
+        ended.spoken = _first_to_fail(otherwise=True)  # one that was killed has said nothing
         raise ended from error
     finally:
         if dist.is_initialized():
@@ -215,14 +215,18 @@ def is_lost_peer(error: Exception) -> bool:
     return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
-def _first_to_fail() -> bool | None:
-    """Whether no other process has failed before; None where that cannot be told."""
+def _first_to_fail(otherwise: bool) -> bool | None:
+    """Whether no other process has failed before; None without a process group.
+
+    Args:
+        otherwise: the answer where the process that keeps the store is gone.
+    """
     if not dist.is_initialized():
         return None
     try:
         return dist.distributed_c10d._get_default_store().add("vkd_plugin/failed", 1) == 1
-    except RuntimeError:  # the process that keeps the store is gone; if it was killed, it has said nothing
-        return None
+    except RuntimeError:
+        return otherwise
 
 
 def restarted_job() -> str | None:

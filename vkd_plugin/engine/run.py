@@ -122,16 +122,19 @@ def _train_and_test(
     try:
         with stop:
             result = trainer.train()
-            if folder is not None:
-                folder.finish()
+            processes.share_result(lambda: folder.finish() if folder else None)
             trainer.box.clean_modules()
             if is_sharded(student):  # for good; another one takes the weights
                 section = model_sections(experiment)[1]
                 student = build_model(experiment, section, processes.device, processes.distributed)
             tested = _test(options, experiment, teacher, student, processes, path, stop)
-            if folder is not None:
-                _write_student(experiment, folder)
-                folder.write_summary(_summary(options, result, tested, processes))  # last: now it is finished
+
+            def conclude() -> None:
+                if folder is not None:
+                    _write_student(experiment, folder)
+                    folder.write_summary(_summary(options, result, tested, processes))  # last: now it is finished
+
+            processes.share_result(conclude)
     finally:
         trainer.box.clean_modules()
 

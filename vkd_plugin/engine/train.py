@@ -170,15 +170,19 @@ class Trainer:
         record = self._record()
         self._count_epoch()
         improved = self._select(record)
-        if self.folder and self.watch.board:
-            self.folder.append_metrics(record)
-            self.watch.board.add({name: v for name, v in record.items() if name not in ("epoch", "step")}, self.step)
-            logger.info(epoch_line(record, epochs))
-            logger.debug("%s", json.dumps(jsonable(record)))  # to log.txt alone
+        self.processes.share_result(lambda: self._write_record(record, epochs))
         self._post_epoch(record)
         self._save_epoch(improved)  # last: a run cut off before repeats the epoch, its record included
         if self.epoch < epochs and self.processes.any(self.stop.requested):
             self._stop(f"after epoch {self.epoch}")
+
+    def _write_record(self, record: dict[str, Any], epochs: int) -> None:
+        if self.folder is None or self.watch.board is None:
+            return
+        self.folder.append_metrics(record)
+        self.watch.board.add({name: v for name, v in record.items() if name not in ("epoch", "step")}, self.step)
+        logger.info(epoch_line(record, epochs))
+        logger.debug("%s", json.dumps(jsonable(record)))  # to log.txt alone
 
     def _train_batches(self, loader: DataLoader[Any], epochs: int) -> None:
         log_every = int(self.config.get("log_freq") or 100)
@@ -363,6 +367,9 @@ class Trainer:
     def save_last(self) -> None:
         """Writes ``last.pt``; all processes have to call it."""
         state, self._saved_step = self.state(), self.step
+        self.processes.share_result(lambda: self._write_last(state))
+
+    def _write_last(self, state: dict[str, Any]) -> None:
         if self.folder is not None:
             self.folder.checkpoints.save_last(state)
 
@@ -372,6 +379,9 @@ class Trainer:
 
     def _save_epoch(self, improved: bool) -> None:
         state, self._saved_step = self.state(), self.step
+        self.processes.share_result(lambda: self._write_epoch(state, improved))
+
+    def _write_epoch(self, state: dict[str, Any], improved: bool) -> None:
         if self.folder is None:
             return
         checkpoints = self.folder.checkpoints

@@ -380,7 +380,8 @@ sys.exit(main(sys.argv[1:]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stderr.count("error: stopped at step 4, all saved") == 1, done.stderr
-    assert re.findall(r"exitcode +: (\d+)", done.stderr) == ["75", "75"]
+    # The launcher lists those that had ended when it looked.
+    assert set(re.findall(r"exitcode +: (-?\d+)", done.stderr)) == {"75"}, done.stderr
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["batch"] == 4
 
 

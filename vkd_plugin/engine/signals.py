@@ -69,6 +69,8 @@ class StopRequest:
         _entered = None
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if isinstance(error, StoppedError) and self._handed_on_within:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, as another process has ended before
         reader, writer = self._pipe
         _own_pipe(self._other_pipe)
         os.write(writer, _END)  # closing it would not do: loaders' workers have it open too

@@ -13,6 +13,7 @@ from pathlib import Path
 _MARK = b"sha256:"
 _HEX = 64
 _CHUNK = 1 << 20
+_DAMAGED = "it was damaged after it was written (its digest is another)"
 
 
 def sealed(content: bytes | memoryview) -> bytearray:
@@ -30,13 +31,13 @@ def sealed(content: bytes | memoryview) -> bytearray:
     return archive
 
 
-def broken(path: Path) -> bool:
-    """Whether a file is sealed and other bytes than were sealed.
+def broken(path: Path) -> str | None:
+    """What is wrong with a file that is sealed and other bytes than were sealed; None for any other.
 
     Raises:
         OSError: it cannot be read.
     """
-    return _verified(path) is False
+    return _DAMAGED if _verified(path) is False else None
 
 
 def damage(path: Path) -> str | None:
@@ -47,7 +48,7 @@ def damage(path: Path) -> str | None:
     """
     intact = _verified(path)
     if intact is not None:
-        return None if intact else "it was damaged after it was written (its digest is another)"
+        return None if intact else _DAMAGED
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()

@@ -26,6 +26,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from ..errors import BadValue, UserError
+from .build import is_staged
 from .meter import TermMeter
 from .precision import Precision
 from .sharding import (
@@ -35,6 +36,7 @@ from .sharding import (
     clip_gradients,
     gradient_norms,
     local,
+    parameters_of,
     refuse_unsupported,
     shard,
 )
@@ -220,7 +222,7 @@ class EngineBox(_Box):
             scaler.unscale_(optimizer)
             self._measure_gradients()
             if self.max_grad_norm is not None and self.gradient_norm is not None:
-                clip_gradients(self._trained(), self.max_grad_norm, self.gradient_norm)
+                clip_gradients(parameters_of(self.optimizer), self.max_grad_norm, self.gradient_norm)
             if self.spare:
                 self._step_unless_spoilt()
             else:
@@ -237,16 +239,13 @@ class EngineBox(_Box):
             else:
                 scheduler.step()
 
-    def _trained(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
     def _before_own_step(self) -> None:
         self._average_alone()
         self._measure_gradients()
 
     def _measure_gradients(self) -> None:
         """Takes the gradients' norms; nothing is waited for."""
-        trained = {p: p.grad for p in self._trained() if p.grad is not None}
+        trained = {p: p.grad for p in parameters_of(self.optimizer) if p.grad is not None}
         if trained:
             norms = gradient_norms(list(trained.values()))
             self.gradient_norm, self.gradient_norms = torch.linalg.vector_norm(norms), (list(trained), norms)
@@ -304,7 +303,7 @@ class EngineBox(_Box):
             votes = self._spoilt.int()
             dist.all_reduce(votes, dist.ReduceOp.MAX)
             self._spoilt = votes.bool()
-        gradient = next((p.grad for p in self._trained() if p.grad is not None), None)
+        gradient = next((p.grad for p in parameters_of(self.optimizer) if p.grad is not None), None)
         if self.precision.scaler.is_enabled() and gradient is not None:  # it goes by infinities among the gradients
             here = local(gradient)
             here.copy_(torch.where(self._spoilt, torch.inf, here))
@@ -365,7 +364,7 @@ def build_box(
     _, train_config, _, _, distributed, _ = args
     if distributed:
         refuse_unsupported(train_config)
-    staged = "stage1" in train_config
+    staged = is_staged(train_config)
     if teacher is None:
         return (_StagedTraining if staged else _Training)(load, precision, terms, compile_modes, spare, student, *args)
     return (_StagedDistillation if staged else _Distillation)(
@@ -400,5 +399,4 @@ def _outside_of_ddp(optimizer: torch.optim.Optimizer, *models: nn.Module | None)
     modules = [module for model in models if model is not None for module in model.modules()]
     averaging = [m for m in modules if check_if_wrapped(m) and not isinstance(m, nn.DataParallel)]
     cared_for = {id(p) for m in averaging for p in m.parameters()}
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    return [p for p in trained if p.requires_grad and id(p) not in cared_for]
+    return [p for p in parameters_of(optimizer) if p.requires_grad and id(p) not in cared_for]

@@ -1,7 +1,7 @@
 """Models from the ``models`` section, with their weights."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,18 @@ def model_sections(experiment: Experiment) -> tuple[str | None, str]:
     models = experiment.data["models"]
     teacher = "teacher_model" if models.get("teacher_model") else None
     return teacher, "student_model" if "student_model" in models else "model"
+
+
+def is_staged(train_config: Mapping[str, Any]) -> bool:
+    """Whether ``train`` has stages (``stage1``, ``stage2``, ...), as torchdistill tells it."""
+    return "stage1" in train_config
+
+
+def stage_sections(train_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The section of each stage; ``train`` itself where it has none."""
+    if not is_staged(train_config):
+        return [train_config]
+    return [section for name, section in train_config.items() if name.startswith("stage") and name[5:].isdigit()]
 
 
 def build_model(experiment: Experiment, section: str, device: torch.device, distributed: bool) -> nn.Module:

@@ -132,15 +132,7 @@ def read_run_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, damaged, unreadable, or something else.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        found = damage(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if found:
-        raise UserError(f"{path}: not a readable checkpoint: {found}")
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, damage)
     missing = _NEEDED - state.keys()
     if missing:
         raise UserError(f"{path}: not a checkpoint to resume from: it holds no {', '.join(sorted(missing))}")

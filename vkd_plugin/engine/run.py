@@ -13,7 +13,7 @@ from ..config import Experiment, load_experiment
 from ..errors import EXIT_DONE, UserError
 from ..models.weights import fit_weights, load_weights, read_checkpoint
 from ..tasks.classification import Classification
-from .build import blame, build_model, model_sections
+from .build import blame, build_model, model_sections, stage_sections
 from .checkpoint import LAST, save_atomically
 from .loaders import loader_factory
 from .precision import Precision
@@ -111,7 +111,8 @@ def _train_and_test(
     if found is not None:
         source, state = found
         changed = changed_parts(source, state, experiment, options.seed, options.allow_config_change)
-        if state["epoch"] >= _epochs(experiment) and processes.share((path / "summary.json").exists()):
+        epochs = sum(section["num_epochs"] for section in stage_sections(experiment.data["train"]))
+        if state["epoch"] >= epochs and processes.share((path / "summary.json").exists()):
             logger.info("%s: this run is finished, all %d epochs are done", source, state["epoch"])
             return
     teacher, student = _models(experiment, processes)
@@ -137,12 +138,6 @@ def _train_and_test(
             processes.share_result(conclude)
     finally:
         trainer.box.clean_modules()
-
-
-def _epochs(experiment: Experiment) -> int:
-    train = experiment.data["train"]
-    stages = [section for name, section in train.items() if name.startswith("stage") and name[5:].isdigit()]
-    return sum(section["num_epochs"] for section in stages or [train])
 
 
 def _output(options: Options) -> Path:

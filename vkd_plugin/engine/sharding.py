@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..decay import NO_DECAY_MARK
 from ..errors import BadValue
+from .build import is_staged, stage_sections
 
 FSDP, FSDP2 = "FullyShardedDataParallel", "FullyShardedDataParallel2"
 
@@ -35,15 +36,15 @@ def refuse_unsupported(train_config: Mapping[str, Any]) -> None:
     Raises:
         BadValue: it cannot be done.
     """
-    stages = [train_config[name] for name in train_config if name.startswith("stage") and name[5:].isdigit()]
-    for section in stages or [train_config]:
+    staged = is_staged(train_config)
+    for section in stage_sections(train_config):
         students = [_wrapper(section.get(side))[0] for side in ("student", "model")]
         teacher = _wrapper(section.get("teacher"))[0]
         if FSDP in (*students, teacher):
             raise BadValue(f"{FSDP} is not supported, {FSDP2} is (for the student)", FSDP)
         if teacher == FSDP2:
             raise BadValue(f"{FSDP2} shards what is trained, the student; the teacher stays whole", FSDP2)
-        if FSDP2 in students and stages:
+        if FSDP2 in students and staged:
             raise BadValue(f"{FSDP2} cannot be combined with stages; take DistributedDataParallel", FSDP2)
         optimizer = (section.get("optimizer") or {}).get("key")
         if FSDP2 in students and optimizer in _NOT_IN_SHARDS:
@@ -157,15 +158,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All that ``optimizer`` was given, in the order of its state dict."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of each gradient, (P,); of sharded ones all processes have to ask."""
     norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
-    sharded = torch.tensor([isinstance(gradient, DTensor) for gradient in gradients])
-    if not sharded.any():
+    sharded = [isinstance(gradient, DTensor) for gradient in gradients]
+    if not any(sharded):
         return norms
     squares = norms.double().square()
     dist.all_reduce(squares)
-    return torch.where(sharded.to(norms.device, non_blocking=True), squares.sqrt().to(norms.dtype), norms)
+    which = torch.tensor(sharded).to(norms.device, non_blocking=True)
+    return torch.where(which, squares.sqrt().to(norms.dtype), norms)
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:
@@ -205,10 +212,10 @@ def state_like(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tens
 
 def optimizer_state_like(state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state dict of whole tensors as ``optimizer`` would have it."""
-    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    parameters = parameters_of(optimizer)
     tensors = {
         index: {name: like(value, parameters[index]) for name, value in values.items()}
-        if index in parameters
+        if index < len(parameters)
         else values
         for index, values in state["state"].items()
     }

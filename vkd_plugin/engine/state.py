@@ -18,7 +18,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from ..errors import UserError
 from ..wrappers import ProjectedStudent
 from .box import EngineBox
-from .sharding import like, local, optimizer_state_like, state_like, whole
+from .sharding import like, local, optimizer_state_like, parameters_of, state_like, whole
 
 
 def training_state(box: EngineBox) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def rank_state(box: EngineBox) -> dict[str, Any]:
     state: dict[str, Any] = {"criterion": {name: term.state_dict() for name, term in _criterion_parts(box)}}
     state |= {"gradients": None, "accumulation": None}
     if box.stage_grad_count % box.grad_accum_step:
-        state["gradients"] = [None if p.grad is None else local(p.grad).clone() for p in _trained(box.optimizer)]
+        state["gradients"] = [None if p.grad is None else local(p.grad).clone() for p in parameters_of(box.optimizer)]
         state["accumulation"] = box.accumulation()
     return state
 
@@ -88,7 +88,7 @@ def load_rank_state(box: EngineBox, states: Sequence[Mapping[str, Any]], rank: i
     if own["accumulation"] is not None:
         box.load_accumulation(own["accumulation"])
     waiting = [state["gradients"] for state in states if state["gradients"] is not None]
-    trained = _trained(box.optimizer)
+    trained = parameters_of(box.optimizer)
     if len(waiting) != len(states) or any(len(gradients) != len(trained) for gradients in waiting):
         return
     for index, parameter in enumerate(trained):
@@ -107,10 +107,6 @@ def load_rank_state(box: EngineBox, states: Sequence[Mapping[str, Any]], rank: i
                 "within an accumulation, sharded gradients can only go on with the same number of processes"
             )
         parameter.grad = gradient
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 # Models.
@@ -134,7 +130,7 @@ def load_projectors(wrapper: nn.Module | None, state: Mapping[str, Tensor]) -> N
     if isinstance(wrapper, ProjectedStudent):
         wrapper.load_projector_state_dict(state_like(state, wrapper.features))
     elif wrapper is not None:
-        _copy_into(dict((*_tensors(wrapper),)), state, type(wrapper).__name__)
+        _copy_into(dict(_tensors(wrapper)), state, type(wrapper).__name__)
 
 
 def _teacher_state(box: EngineBox) -> dict[str, Tensor]:

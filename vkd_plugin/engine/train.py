@@ -166,8 +166,7 @@ class Trainer:
         self.box.pre_epoch_process(epoch=self.epoch)
         set_position(loader, self.epoch, self.position)
         self._train_batches(loader, epochs)
-        self.watch.prove()
-        record = self._record()
+        record = self._record(self.watch.prove())
         self._count_epoch()
         improved = self._select(record)
         self.processes.share_result(lambda: self._write_record(record, epochs))
@@ -237,7 +236,7 @@ class Trainer:
         self.processes.barrier()  # a launcher ends the others when one process ends: not before all is saved
         raise StoppedError(f"stopped {where}, all saved; --resume auto goes on from here")
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, orthogonality: dict[str, float]) -> dict[str, Any]:
         """What is known of the epoch whose last batch is done."""
         record: dict[str, Any] = {
             "epoch": self.epoch + 1,
@@ -246,7 +245,7 @@ class Trainer:
         }
         record |= self.watch.means_of_all()
         record |= self._validate()
-        record |= {name: error.item() for name, error in self.watch.orthogonality().items()}
+        record |= orthogonality
         if self.precision.scaler.is_enabled():
             record["scaler_scale"] = self.precision.scaler.get_scale()
             record["scaler_skips"] = self.watch.guard.scaler_skips

@@ -77,8 +77,11 @@ class Watch:
         self._readback.send(figures, values)
         self._judge(self._readback.arrived())
 
-    def prove(self) -> None:
+    def prove(self) -> dict[str, float]:
         """Waits for all figures, and looks at all weights and projectors: what is saved next is sound.
+
+        Returns:
+            ``orthogonality_error/<feature>`` of each projector.
 
         Raises:
             NotFiniteError: it is not, in any of the processes.
@@ -89,9 +92,11 @@ class Watch:
             self._failure = self.stopped("a weight of the student is not finite", newest.epoch, newest.step)
         if self._processes.any(self.failed):  # before the projectors, which may be in shards: all look at them or none
             self.fail()
-        self._judge_projectors(newest, {name: error.item() for name, error in self.orthogonality().items()})
+        errors = {name: error.item() for name, error in self.orthogonality().items()}
+        self._judge_projectors(newest, errors)
         if self._processes.any(self.failed):
             self.fail()
+        return errors
 
     def fail(self) -> None:
         """Ends all processes with the account of the one whose own batch was bad, if there is one.

@@ -1,7 +1,7 @@
 """Weights from files, without executing anything that a file holds."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,14 @@ from ..errors import UserError
 from ..seal import broken
 
 
-def read_checkpoint(source: str | Path) -> dict[str, Any]:
+def read_checkpoint(source: str | Path, damage: Callable[[Path], str | None] = broken) -> dict[str, Any]:
     """What a ``.safetensors`` file, a torch checkpoint or a URL of one holds, on the CPU.
 
     torchdistill stores the parsed command line beside the weights, an ``argparse.Namespace``; it is let through.
+
+    Args:
+        source: see above.
+        damage: what is wrong with a file's bytes, None if nothing is known to be.
 
     Raises:
         UserError: no such file, unreadable, or no mapping.
@@ -29,8 +33,8 @@ def read_checkpoint(source: str | Path) -> dict[str, Any]:
             path = Path(source).expanduser()
             if not path.is_file():
                 raise UserError(f"{path}: no such checkpoint")
-            if broken(path):
-                raise UserError(f"{path}: not a readable checkpoint: it was damaged after it was written")
+            if found := damage(path):
+                raise UserError(f"{path}: not a readable checkpoint: {found}")
             if path.suffix == ".safetensors":
                 loaded = load_file(path)
             else:

@@ -1,4 +1,4 @@
-"""The command line: ``python run.py --config C``, also installed as ``vkd``. Argument parsing only."""
+"""The command line: ``python run.py [COMMAND] ...``, also installed as ``vkd``. Argument parsing only."""
 
 import argparse
 import os
@@ -23,19 +23,14 @@ def parser() -> argparse.ArgumentParser:
     """The parser; flags that torchdistill's example scripts have keep their names and meanings."""
     p = _Parser(
         prog="run.py",
-        description="Train and test the experiment that a YAML file describes. Also: run.py table TABLE [--run].",
+        description="Train and test the experiment that a YAML file describes.",
+        epilog="Also: run.py check|list|table|report --help.",
         allow_abbrev=False,
     )
     add = p.add_argument
     add("--config", required=True, metavar="C", help="experiment file (YAML)")
-    add(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="a.b.c=value",
-        help="override a value (YAML); repeatable",
-    )
+    _add_overrides(p)
+    _add_trust(p)
     add("--output", metavar="DIR", help="output folder (default: runs/<path of the config below configs/>)")
     add(
         "--resume",
@@ -79,36 +74,104 @@ def _count(text: str) -> int:
     return value
 
 
-def _table_parser() -> argparse.ArgumentParser:
-    p = _Parser(prog="run.py table", description="Print a table of runs; --run runs what is missing.")
-    add = p.add_argument
-    add("table", metavar="TABLE", help="table file (YAML), e.g. configs/tables/digits.yaml")
-    add("--run", action="store_true", help="first run the rows and seeds that have no result yet")
-    add("--device", help="passed to the runs")
-    add("--md", action="store_true", help="print Markdown")
-    return p
+def _add_overrides(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b.c=value",
+        help="override a value (YAML); repeatable",
+    )
+
+
+def _add_trust(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let the YAML run this package's code (docs/trust.md); repeatable",
+    )
 
 
 def _train(argv: Sequence[str]) -> int:
     options = vars(parser().parse_args(argv))
     options.pop("world_size")
-    from .engine.run import Options, run  # here: what only training needs
+    from .engine.run import Options, run  # here and below: what only this command needs
 
     return run(Options(**options))
 
 
+def _check(argv: Sequence[str]) -> int:
+    p = _Parser(prog="run.py check", description="Find what is wrong with experiment files, without data or GPU.")
+    add = p.add_argument
+    add("configs", nargs="+", metavar="CONFIG", help="experiment file (YAML)")
+    _add_overrides(p)
+    _add_trust(p)
+    add("--data", action="store_true", help="data sets have to be here, and their first samples readable")
+    add("--json", action="store_true", help="print one JSON object per file instead of a page")
+    options = p.parse_args(argv)
+    from .check import check
+
+    return check(options.configs, options.overrides, options.trust, options.data, options.json)
+
+
+def _list(argv: Sequence[str]) -> int:
+    p = _Parser(prog="run.py list", description="What an experiment can name; with a NAME, YAML to paste.")
+    add = p.add_argument
+    add("kind", nargs="?", metavar="KIND", help="losses, models, projectors, ... (default: all kinds)")
+    add("name", nargs="?", metavar="NAME", help="one component: its arguments and a YAML snippet")
+    add("--import", dest="packages", action="append", default=[], metavar="PACKAGE", help="list what it registers too")
+    add("--json", action="store_true", help="for machines")
+    options = p.parse_args(argv)
+    from .catalog import print_catalog
+
+    return print_catalog(options.kind, options.name, options.packages, options.json)
+
+
 def _table(argv: Sequence[str]) -> int:
-    options = _table_parser().parse_args(argv)
-    from .results.table import load_table, print_table, run_missing
+    p = _Parser(prog="run.py table", description="Print a table of runs beside the published figures.")
+    add = p.add_argument
+    add("table", metavar="TABLE", help="table file (YAML), e.g. configs/tables/digits.yaml")
+    add("--device", help="passed to the runs")
+    _add_trust(p)
+    action = p.add_mutually_exclusive_group()
+    action.add_argument("--run", action="store_true", help="first run the rows and seeds that have no result yet")
+    action.add_argument("--slurm", action="store_true", help="print a Slurm job array that runs what is missing")
+    form = p.add_mutually_exclusive_group()
+    for name, help_text in (("md", "Markdown"), ("csv", "CSV"), ("html", "an HTML table")):
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print {help_text}")
+    options = p.parse_args(argv)
+    from .results.table import load_table, print_table, run_missing, slurm_script
 
     table = load_table(options.table)
+    if options.slurm:
+        print(slurm_script(table, options.device, options.trust), end="")
+        return EXIT_DONE
     if options.run:
-        run_missing(table, options.device)
-    print_table(table, options.md)
+        run_missing(table, options.device, options.trust)
+    print_table(table, options.form)
     return EXIT_DONE
 
 
-_COMMANDS = {"table": _table}
+def _report(argv: Sequence[str]) -> int:
+    p = _Parser(prog="run.py report", description="Write a self-contained HTML page about one or several runs.")
+    add = p.add_argument
+    add("runs", nargs="+", metavar="RUN", help="output folder of a run")
+    add("--output", metavar="FILE", help="the page (default: report.html in the only run's folder, else here)")
+    add("--no-figures", action="store_true", help="only what is recorded; load no model and no data")
+    add("--device", default="cpu", help="where figures are computed (default: cpu)")
+    _add_trust(p)
+    options = p.parse_args(argv)
+    from .results.report import write_report
+
+    page = write_report(options.runs, options.output, not options.no_figures, options.device, options.trust)
+    print(page)
+    return EXIT_DONE
+
+
+_COMMANDS = {"check": _check, "list": _list, "table": _table, "report": _report}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,6 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command not in _COMMANDS:
             raise UserError(f"no command '{command}'{nearest(command, _COMMANDS)}; to train: run.py --config C")
         return _COMMANDS[command](rest)
+    except BrokenPipeError:  # `run.py list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         if error.spoken if error.spoken is not None else os.environ.get("RANK", "0") == "0":
             for line in str(error).splitlines():

@@ -70,7 +70,7 @@ class Experiment:
         return digest(self._root)
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+def load_experiment(path: str | Path, overrides: Sequence[str] = (), trusted: Sequence[str] = ()) -> Experiment:
     """Reads an experiment file, finds what is wrong with it, and builds what it describes.
 
     Names and types are checked before anything is imported, names of components before anything is built.
@@ -78,6 +78,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Args:
         path: the YAML file.
         overrides: ``a.b.c=value`` each, applied in turn.
+        trusted: packages whose code the file may run besides those that :mod:`vkd_plugin.config.trust` lists.
 
     Raises:
         ConfigErrors: all that is wrong, as far as it can be told at once, each problem with its line.

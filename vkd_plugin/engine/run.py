@@ -44,6 +44,7 @@ class Options:
     start_epoch: int = 0
     dist_url: str = "env://"
     overrides: list[str] = field(default_factory=list)
+    trust: list[str] = field(default_factory=list)
     output: str | None = None
     resume: str | None = None
     allow_config_change: bool = False
@@ -58,7 +59,7 @@ def run(options: Options) -> int:
     Raises:
         UserError: anything that the user can mend, as one line.
     """
-    experiment = load_experiment(options.config, options.overrides)
+    experiment = load_experiment(options.config, options.overrides, options.trust)
     with process_group(options.device, options.dist_url) as processes:
         setup_logging(processes.is_main)
         path = _output(options)

@@ -13,6 +13,7 @@ from vkd_plugin.config import ConfigErrors, Experiment, load_experiment
 from vkd_plugin.config.changes import FREE, Change, changes, sentence
 from vkd_plugin.config.experiment import resolve
 from vkd_plugin.config.nodes import entries, is_private
+from vkd_plugin.config.trust import Trust
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs" / "digits").rglob("*.yaml"))
@@ -139,9 +140,9 @@ KEY = "train.optimizer.kwargs.x"
         ("!expanduser ~/x", "!abspath ~/x", ": !expanduser '~/x' -> !abspath '~/x'"),
         ("!join [a, b]", "!pathjoin [a, b]", ": !join [...] -> !pathjoin [...]"),
         ("!join [a, b]", "!join [a, c]", ".1: 'b' -> 'c'"),
-        ("!import_get {key: a}", "!import_call {key: a}", ": !import_get {...} -> !import_call {...}"),
-        ("!import_get {key: a}", "!import_get {key: b}", ".key: 'a' -> 'b'"),
-        ("{key: a}", "!import_get {key: a}", ": {...} -> !import_get {...}"),
+        ("!import_get {key: math.e}", "!import_call {key: math.e}", ": !import_get {...} -> !import_call {...}"),
+        ("!import_get {key: math.e}", "!import_get {key: math.pi}", ".key: 'math.e' -> 'math.pi'"),
+        ("{key: a}", "!import_get {key: math.e}", ": {...} -> !import_get {...}"),
         ("{a: 1, b: {c: 2}}", "{b: {c: 3}, d: 4}", ".a: removed; KEY.b.c: 2 -> 3; KEY.d: added"),
         ("[1, 2]", "[1, 3]", ".1: 2 -> 3"),
         ("[1]", "[1, {a: 2}, [3]]", ".1: added; KEY.2: added"),
@@ -283,7 +284,7 @@ def test_long_values_are_cut_unless_the_difference_would_be() -> None:
 def test_nothing_in_the_saved_text_is_executed(tmp_path: Path) -> None:
     witness = tmp_path / "executed"
     call = f"!import_call {{key: os.mkdir, init: {{args: ['{witness}']}}}}"
-    before = resolved(VKD, f"{KEY}={call}").dump()
+    before = Experiment(str(VKD), resolve(VKD, [f"{KEY}={call}"], Trust(["os"]))[0], {}).dump()
     assert str(witness) in before
     assert changes(before, resolved(VKD)) == [Change(KEY, "!import_call {...}", None)]
     assert not witness.exists()

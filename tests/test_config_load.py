@@ -72,27 +72,27 @@ def test_where_is_the_line_of_the_key_or_item() -> None:
     lines = path.read_text().splitlines()
 
     def line(*key_path: object) -> str:
-        name, _, number = experiment.where(*key_path).rpartition(":")
+        name, number, column = experiment.where(*key_path).rsplit(":", 2)
         assert name == str(path)
-        return lines[int(number) - 1].strip()
+        return lines[int(number) - 1][int(column) - 1 :]
 
     assert line("train") == "train:"
     assert line("train", "optimizer", "key") == "key: 'SGD'"
-    assert line("train", "teacher", "forward_hook", "output", 1) == "output: ['layer4', 'fc']"
+    assert line("train", "teacher", "forward_hook", "output", 1) == "'fc']"
     assert line("datasets", "fake/val") == "&val_set fake/val: !import_call"
     # An alias is where it is written; what is in it, where its anchor is.
-    assert experiment.where("test", "test_data_loader", "sampler").endswith(":132")
+    assert experiment.where("test", "test_data_loader", "sampler").endswith(":132:5")
     assert line("test", "test_data_loader", "sampler") == "sampler: *sampler"
     assert line("test", "test_data_loader", "sampler", "class_or_func") == "class_or_func: !import_get"
     # The nearest ancestor stands for what is not there.
     assert line("train", "optimizer", "absent", "key") == "optimizer:"
     assert line("train", "teacher", "forward_hook", "output", 9) == "output: ['layer4', 'fc']"
-    assert experiment.where() == f"{path}:2"
+    assert experiment.where() == f"{path}:2:1"
 
 
 def test_error_carries_path_and_line() -> None:
     error = load("distill").error("no module 'layer9'", "train", "student", "forward_hook", "output", 0)
-    message = f"{CONFIGS / 'distill.yaml'}:79: train.student.forward_hook.output.0: no module 'layer9'"
+    message = f"{CONFIGS / 'distill.yaml'}:79:16: train.student.forward_hook.output.0: no module 'layer9'"
     assert str(error) == message
 
 

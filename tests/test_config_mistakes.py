@@ -1,5 +1,6 @@
 """One mistake in a sound file each: exactly one line about it, with its line in the file."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,8 @@ STRUCTURE: list[tuple[str, ...]] = [
         "distill",
         "p: 0.5",
         "p: 5e-1",
-        "datasets.fake/train.!import_call.init.kwargs.transform.!import_call.init.kwargs.transforms.0"
-        ".!import_call.init.kwargs.p: expected a number, got '5e-1'; YAML reads it as a string, write 5.0e-1",
+        "datasets.fake/train.init.kwargs.transform.init.kwargs.transforms.0.init.kwargs.p: "
+        "expected a number, got '5e-1'; YAML reads it as a string, write 5.0e-1",
     ),
     (
         "distill",
@@ -141,12 +142,12 @@ STRUCTURE: list[tuple[str, ...]] = [
         "the sampler sets the order (torch.utils.data.RandomSampler shuffles)",
         "shuffle: True",
     ),
-    ("distill", "_name: &dataset", "name: &dataset", "datasets.fake/train.!import_call: unknown key 'name'"),
+    ("distill", "_name: &dataset", "name: &dataset", "datasets.fake/train: unknown key 'name'"),
     (
         "supervised",
         "    init:\n",
         "    int:\n",
-        "datasets.all.!import_call: unknown key 'int' (did you mean 'init'?)",
+        "datasets.all: unknown key 'int' (did you mean 'init'?)",
     ),
     (
         "distill",
@@ -406,7 +407,8 @@ REFERENCES: list[tuple[str, ...]] = [
         "engine",
         "dependencies: 'vkd_plugin'",
         "dependencies: 'vkd_plugn'",
-        "dependencies: cannot import 'vkd_plugn': No module named 'vkd_plugn' (did you mean 'vkd_plugin'?)",
+        "dependencies: 'vkd_plugn' is refused: importing a package runs its code (did you mean 'vkd_plugin'?); "
+        "if you trust it: --trust vkd_plugn",
     ),
     (
         "staged",
@@ -422,24 +424,23 @@ CONSTRUCTION: list[tuple[str, ...]] = [
         "distill",
         "transforms.RandomHorizontalFlip'",
         "transforms.RandomHorizontalFlop'",
-        "!import_call torchvision.transforms.RandomHorizontalFlop: module 'torchvision.transforms' "
+        "datasets.fake/train.init.kwargs.transform.init.kwargs.transforms.0: "
+        "torchvision.transforms.RandomHorizontalFlop: module 'torchvision.transforms' "
         "has no attribute 'RandomHorizontalFlop' (did you mean 'RandomHorizontalFlip'?)",
-        "                - !import_call",
     ),
     (
         "distill",
         "p: 0.5",
         "prob: 0.5",
-        "!import_call torchvision.transforms.RandomHorizontalFlip: TypeError: "
-        "RandomHorizontalFlip.__init__() got an unexpected keyword argument 'prob'",
-        "                - !import_call",
+        "datasets.fake/train.init.kwargs.transform.init.kwargs.transforms.0.kwargs: "
+        "torchvision.transforms.RandomHorizontalFlip takes no argument 'prob' (choose from p)",
     ),
     (
         "supervised",
         "key: 'torchvision.datasets.FakeData'",
         "key: 'torchvison.datasets.FakeData'",
-        "!import_call torchvison.datasets.FakeData: No module named 'torchvison' (did you mean 'torchvision'?)",
-        "        dataset: !import_call",
+        "datasets.all.init.kwargs.dataset: 'torchvison.datasets.FakeData' is refused: it is outside the packages "
+        "that an experiment may use (did you mean 'torchvision'?); if you trust it: --trust torchvison",
     ),
     (
         "supervised",
@@ -466,7 +467,7 @@ def test_one_mistake_one_line(case: tuple[str, ...], tmp_path: Path) -> None:
     text = text.replace(old, new, 1)
     line = text[: text.index(case[4]) if len(case) > 4 else end].count("\n") + 1
     (problem,) = problems(text, tmp_path)
-    assert problem.startswith(f"x.yaml:{line}: {message}")
+    assert re.sub(r"^(x\.yaml:\d+):\d+:", r"\1:", problem).startswith(f"x.yaml:{line}: {message}")
 
 
 @pytest.mark.parametrize("case", STRUCTURE, ids=lambda case: case[3][:60])
@@ -483,19 +484,19 @@ def test_all_problems_of_a_kind_come_at_once(tmp_path: Path) -> None:
     text = text.replace("num_epochs: 2", "num_epochs: two").replace("lr: 0.1", "lr: -1")
     text = text.replace("key: 'SGD'", "name: 'SGD'").replace("requires_grad: True", "requires_grads: True")
     assert problems(text, tmp_path) == [
-        "x.yaml:51: train.num_epochs: expected a whole number of at least 0, got 'two'",
-        "x.yaml:81: train.student: unknown key 'requires_grads' (did you mean 'requires_grad'?)",
-        "x.yaml:84: train.optimizer: unknown key 'name' (choose from filters_params, grad_accum_step, key, "
+        "x.yaml:51:3: train.num_epochs: expected a whole number of at least 0, got 'two'",
+        "x.yaml:81:5: train.student: unknown key 'requires_grads' (did you mean 'requires_grad'?)",
+        "x.yaml:84:5: train.optimizer: unknown key 'name' (choose from filters_params, grad_accum_step, key, "
         "kwargs, max_grad_norm, module_wise_configs)",
-        "x.yaml:86: train.optimizer.kwargs.lr: expected a number of at least 0, got -1",
-        "x.yaml:83: train.optimizer: missing key 'key'",
+        "x.yaml:86:7: train.optimizer.kwargs.lr: expected a number of at least 0, got -1",
+        "x.yaml:83:3: train.optimizer: missing key 'key'",
     ]
 
 
 def test_an_anchor_used_twice_is_blamed_once(tmp_path: Path) -> None:
     text = (CONFIGS / "distill.yaml").read_text().replace("      batch_size: 4", "      batch_size: 0")
     expected = "train.train_data_loader.kwargs.batch_size: expected a whole number of at least 1, got 0"
-    assert problems(text, tmp_path) == [f"x.yaml:59: {expected}"]
+    assert problems(text, tmp_path) == [f"x.yaml:59:7: {expected}"]
 
 
 def test_private_keys_are_never_errors(tmp_path: Path) -> None:
@@ -537,15 +538,15 @@ def test_a_url_is_a_checkpoint() -> None:
         (b"# only a comment\n", "x.yaml: the file is empty"),
         (
             b"- a\n- b\n",
-            "x.yaml:1: expected a mapping with the sections datasets, models, train and test, got a list",
+            "x.yaml:1:1: expected a mapping with the sections datasets, models, train and test, got a list",
         ),
         (
             b"hello",
-            "x.yaml:1: expected a mapping with the sections datasets, models, train and test, got 'hello'",
+            "x.yaml:1:1: expected a mapping with the sections datasets, models, train and test, got 'hello'",
         ),
         (b"a: \xff\n", "x.yaml: not a UTF-8 text file (byte 3)"),
-        (b"a: 1\nb: \x07\n", "x.yaml:2: unprintable character #x0007"),
-        (b"a: 1\n---\nb: 1\n", "x.yaml:2: but found another document (column 1)"),
+        (b"a: 1\nb: \x07\n", "x.yaml:2:4: unprintable character #x0007"),
+        (b"a: 1\n---\nb: 1\n", "x.yaml:2:1: but found another document"),
         (b"a: " + b"[" * 3000, "x.yaml: nested too deeply"),
     ],
 )
@@ -586,6 +587,6 @@ def test_an_argument_that_is_dropped_is_a_warning_unless_it_is_near_one_that_is_
     path.write_text(text.replace("      sub_terms:", "      margin: 1.0\n      sub_terms:"))
     line = text[: text.index("      sub_terms:")].count("\n") + 1
     (warning,) = load_experiment(path).warnings
-    assert warning == f"{path}:{line}: train.criterion.kwargs: 'margin' is not read by WeightedSumLoss"
+    assert warning == f"{path}:{line}:7: train.criterion.kwargs: 'margin' is not read by WeightedSumLoss"
     path.write_text(text)
     assert load_experiment(path).warnings == []

@@ -88,7 +88,7 @@ def test_where_is_the_override() -> None:
     experiment = load("distill", "train.num_epochs=5", "train.amp={dtype: float16}")
     assert experiment.where("train", "num_epochs") == "--set train.num_epochs=5"
     assert experiment.where("train", "amp", "dtype") == "--set train.amp={dtype: float16}"
-    assert experiment.where("train").endswith("distill.yaml:49")
+    assert experiment.where("train").endswith("distill.yaml:49:1")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class ConfigError(UserError):
 
     Args:
         message: what is wrong, and the nearest right thing.
-        where: ``FILE:LINE`` of the key or value to blame; left out where no line is.
+        where: ``FILE:LINE:COLUMN`` of the key or value to blame; left out where no line is.
     """
 
     def __init__(self, message: str, where: str | None = None) -> None:

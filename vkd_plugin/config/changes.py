@@ -12,7 +12,7 @@ from vkd_plugin.config.experiment import Experiment
 from vkd_plugin.config.graph import check_graph, digest
 from vkd_plugin.config.nodes import is_null, is_private, plain_key, plain_value
 from vkd_plugin.config.problems import ConfigErrors, KeyPath, Problems, dotted
-from vkd_plugin.config.source import compose
+from vkd_plugin.config.source import STR_TAG, compose
 
 LOADERS = (
     "train.train_data_loader",
@@ -165,7 +165,7 @@ def _text(node: yaml.Node) -> str:
     if is_null(node):
         return "null"
     # What a tag is given, not what it makes of it: `!expanduser '~/x'` says the same on every machine.
-    return tag + _scalar(node.value if tag else plain_value(node))
+    return tag + _scalar(node.value if tag or node.tag == STR_TAG else plain_value(node))
 
 
 def _scalar(value: object) -> str:

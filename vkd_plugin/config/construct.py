@@ -4,53 +4,162 @@ import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
-from torchdistill.common.main_util import import_get
 
-from vkd_plugin.config.nodes import TorchdistillLoader, entries, plain_value
+from vkd_plugin.config.nodes import ACTIVE_TAGS, TorchdistillLoader, children, entries, is_active, plain_value
 from vkd_plugin.config.problems import ConfigErrors
 from vkd_plugin.config.source import place, syntax_problem
+from vkd_plugin.config.trust import Trust
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
 
+Build: TypeAlias = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any]
+"""Calls a target with arguments, or makes something in its place."""
 
-class _Failure(Exception):
-    """``error`` was raised by the construction of ``node``."""
 
-    def __init__(self, node: yaml.Node, error: Exception) -> None:
-        self.node = node
-        self.error = error
-        super().__init__()
+class _Refused(Exception):
+    """What a tag was about to do is not to be trusted."""
 
 
 class _Constructor(TorchdistillLoader):
+    """PyYAML's constructor, which goes on after a failure: what a failed node is needed for is not built.
+
+    Args:
+        trust: judges what tags find on the way; names were judged before (:mod:`vkd_plugin.config.tags`).
+        build: makes the calls of ``!import_call`` and ``!import_call_method``.
+    """
+
+    def __init__(self, trust: Trust, build: Build) -> None:
+        super().__init__("")
+        self.trust = trust
+        self.build = build
+        self.failures: list[tuple[yaml.Node, Exception]] = []
+        self._failed: set[int] = set()
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """PyYAML's, but a failure is remembered with the innermost node that it belongs to."""
+        if not is_active(node):
+            return super().construct_object(node, deep)
+        for child in children(node):
+            self.construct_object(child, deep=True)
+        if id(node) in self._failed or self._has_failed(node):
+            self._failed.add(id(node))
+            return None
         try:
             return super().construct_object(node, deep)
-        except (yaml.YAMLError, _Failure):
+        except yaml.YAMLError:
             raise
         except Exception as error:  # tags call whatever the user names
-            raise _Failure(node, error) from error
+            self.failures.append((node, error))
+            self._failed.add(id(node))
+            return None
+
+    def _has_failed(self, node: yaml.Node) -> bool:
+        return any(id(child) in self._failed or self._has_failed(child) for child in children(node))
+
+    # Tags, which mean what they do in torchdistill.
+
+    def import_get(self, node: yaml.MappingNode) -> Any:
+        """``!import_get {key, package}``."""
+        self.construct_mapping(node, deep=True)
+        return self._target(node)
+
+    def import_call(self, node: yaml.MappingNode) -> Any:
+        """``!import_call {key, package, init: {args, kwargs}}``, and the same for a method."""
+        init = self.construct_mapping(node, deep=True).get("init") or {}
+        return self.build(self._target(node), init.get("args", []), init.get("kwargs", {}))
+
+    def call_method(self, node: yaml.MappingNode) -> Any:
+        """``!call_method {obj, method_name, args, kwargs, returns_obj}``."""
+        entry = self.construct_mapping(node, deep=True)
+        method = self._attribute(entry["obj"], entry["method_name"])
+        result = method(*(entry.get("args") or []), **(entry.get("kwargs") or {}))
+        return entry["obj"] if entry.get("returns_obj") else self._judged(result, entry["method_name"])
+
+    def getattr(self, node: yaml.SequenceNode) -> Any:
+        """``!getattr [obj, name]``, or with a default."""
+        return self._attribute(*self.construct_sequence(node, deep=True))
+
+    def setattr(self, node: yaml.SequenceNode) -> Any:
+        """``!setattr [obj, name, value]``; only instances, as a class is not the experiment's alone."""
+        owner, name, value = self.construct_sequence(node, deep=True)
+        self._attribute(owner, name, None)
+        if inspect.isclass(owner) or inspect.isroutine(owner):
+            raise _Refused(f"'{owner.__name__}' is refused: what is not the experiment's own may not be changed")
+        setattr(owner, name, value)
+        return owner
+
+    def access_by_index_or_key(self, node: yaml.MappingNode) -> Any:
+        """``!access_by_index_or_key {data, index_or_key}``."""
+        entry = self.construct_mapping(node, deep=True)
+        return self._judged(entry["data"][entry["index_or_key"]], str(entry["index_or_key"]))
+
+    def _target(self, node: yaml.Node) -> Any:
+        name = target_name(node)
+        if name is None:
+            raise ImportError("it names nothing to import")
+        refusal = self.trust.of_name(name)
+        if refusal is None:
+            target = find(name, node.tag == "!import_call_method", self.trust)
+            refusal = self.trust.of_value(target, name)
+        if refusal is not None:
+            raise _Refused(refusal)
+        return target
+
+    def _attribute(self, owner: Any, name: Any, *default: Any) -> Any:
+        refusal = self.trust.of_attribute(name) or self.trust.of_value(owner, type(owner).__name__)
+        if refusal is not None:
+            raise _Refused(refusal)
+        return self._judged(getattr(owner, name, *default), name)
+
+    def _judged(self, value: Any, name: str) -> Any:
+        """``value``, unless it is a module, class or function from where the experiment may not go."""
+        if inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value):
+            own = getattr(value, "__self__", None)
+            bound_to_plain = inspect.isbuiltin(value) and isinstance(own, str | bytes | int | float | list | dict)
+            if not bound_to_plain and (refusal := self.trust.of_value(value, name)):
+                raise _Refused(refusal)
+        return value
 
 
-def construct(root: yaml.Node) -> Any:
+for _tag in ACTIVE_TAGS:
+    _method = "import_call" if _tag == "!import_call_method" else _tag[1:]
+    _Constructor.add_constructor(_tag, getattr(_Constructor, _method))
+
+
+def _call(target: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    return target(*args, **kwargs)
+
+
+def construct(root: yaml.Node, trust: Trust | None = None, build: Build = _call) -> Any:
     """What the graph means, its tags executed.
 
+    Args:
+        root: the graph.
+        trust: what tags may reach.
+        build: makes the calls of ``!import_call``; by default it calls.
+
     Raises:
-        ConfigErrors: a tag failed; with its line, and what was raised.
+        ConfigErrors: tags that failed, each with its line and what was raised. What such a tag was needed for is not
+            built; all else is.
     """
+    loader = _Constructor(trust or Trust(), build)
     try:
-        return _Constructor("").construct_document(root)
-    except _Failure as failure:
-        message = f"{_title(failure.node)}{_explain(failure.error, failure.node)}"
-        raise ConfigErrors([ConfigError(message, place(failure.node.start_mark))]) from failure.error
+        value = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         raise ConfigErrors([syntax_problem(error, root.start_mark.name, {})]) from None
+    if loader.failures:
+        problems = [
+            ConfigError(f"{_title(node)}{_explain(error, node)}", place(node.start_mark))
+            for node, error in loader.failures
+        ]
+        raise ConfigErrors(problems) from loader.failures[0][1]
+    return value
 
 
 def one_line(error: Exception) -> str:
@@ -62,7 +171,7 @@ def one_line(error: Exception) -> str:
         return text + nearest(error.name.rpartition(".")[2], _sibling_modules(error.name))
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: '{error.filename}'"  # without the [Errno 2]
-    if isinstance(error, OSError | ImportError | AttributeError) and text:
+    if isinstance(error, OSError | ImportError | AttributeError | _Refused) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -75,7 +184,7 @@ def _explain(error: Exception, node: yaml.Node) -> str:
     if match is None or target is None:
         return text
     try:
-        names = list(inspect.signature(import_get(target)).parameters)
+        names = list(inspect.signature(find(target, False, Trust())).parameters)
     except Exception:  # only a hint is lost
         return text
     return text + nearest(match[1], names)
@@ -94,8 +203,29 @@ def target_name(node: yaml.Node) -> str | None:
     if not isinstance(node, yaml.MappingNode):
         return None
     values = {name: plain_value(value) for name, (_, value) in entries(node).items()}
-    parts = [values.get("package"), values.get("class_name"), values.get("method_name"), values.get("key")]
-    return ".".join(part for part in parts if isinstance(part, str)) or None
+    names = ("package", "class_name", "method_name") if node.tag == "!import_call_method" else ("package", "key")
+    parts = [values.get(name) for name in names]
+    return ".".join(part for part in parts if isinstance(part, str) and part) or None
+
+
+def find(name: str, is_method: bool, trust: Trust) -> Any:
+    """What ``name`` means: an attribute of a module, or of a class in one.
+
+    Raises:
+        Exception: there is none, or whatever importing its module raises.
+    """
+    package, _, key = name.rpartition(".")
+    if not package:
+        raise ImportError(f"'{name}' names no module; write it in full, for example 'torch.nn.Linear'")
+    if not is_method:
+        return getattr(import_module(package), key)
+    package, _, owner = package.rpartition(".")
+    if not package:
+        raise ImportError(f"'{name}' should be the name of a module, a class and a method")
+    cls = getattr(import_module(package), owner)
+    if refusal := trust.of_value(cls, f"{package}.{owner}"):
+        raise ImportError(refusal)
+    return getattr(cls, key)
 
 
 def _sibling_modules(name: str) -> Iterable[str]:

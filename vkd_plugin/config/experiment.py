@@ -1,6 +1,7 @@
 """An experiment file: read, overridden, checked and built, with the line of everything in it."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from vkd_plugin.config.graph import check_graph, digest, merge_all, to_text, uns
 from vkd_plugin.config.nodes import entries
 from vkd_plugin.config.overrides import Override, apply_overrides
 from vkd_plugin.config.problems import ConfigErrors, Problems, dotted
-from vkd_plugin.config.references import check_references, import_dependencies
+from vkd_plugin.config.references import check_arguments, check_references, import_dependencies
 from vkd_plugin.config.schema import experiment
 from vkd_plugin.config.source import entry_place, place, read
 from vkd_plugin.config.structure import Found, check_structure
+from vkd_plugin.config.tags import check_targets, check_text
+from vkd_plugin.config.trust import Trust
 from vkd_plugin.errors import ConfigError
 
 
@@ -25,7 +28,7 @@ class Experiment:
         path: the file, as the user named it.
         data: what torchdistill's ``yaml_util.load_yaml_file`` gives for it, overrides applied. No two places
             in it hold the same dict or list, except what a tag built.
-        warnings: what is no mistake for sure but has no effect, ``FILE:LINE: message`` each.
+        warnings: what is no mistake for sure but has no effect, ``FILE:LINE:COLUMN: message`` each.
     """
 
     def __init__(self, path: str, root: yaml.MappingNode, data: dict[str, Any], warnings: Sequence[str] = ()) -> None:
@@ -35,7 +38,7 @@ class Experiment:
         self._root = root
 
     def where(self, *path: object) -> str:
-        """``FILE:LINE`` of a key or list item, or of the nearest that exists on the way to it.
+        """``FILE:LINE:COLUMN`` of a key or list item, or of the nearest that exists on the way to it.
 
         ``where('train', 'teacher', 'forward_hook', 'output', 0)``; for what an override set, the override.
         """
@@ -83,16 +86,20 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), trusted: Se
     Raises:
         ConfigErrors: all that is wrong, as far as it can be told at once, each problem with its line.
     """
-    root, found = resolve(path, overrides)
-    warnings = check_names(root, found)
-    return Experiment(str(path), root, construct(root), warnings)
+    trust = Trust(trusted)
+    root, found = resolve(path, overrides, trust)
+    warnings = check_names(root, found, trust)
+    return Experiment(str(path), root, construct(root, trust), warnings)
 
 
-def resolve(path: str | Path, overrides: Sequence[str] = ()) -> tuple[yaml.MappingNode, list[Found]]:
+def resolve(
+    path: str | Path, overrides: Sequence[str] = (), trust: Trust | None = None
+) -> tuple[yaml.MappingNode, list[Found]]:
     """The node graph with overrides applied, and what in it has to be looked up; nothing is executed.
 
     Raises:
-        ConfigErrors: the file cannot be read, an override cannot be applied, or names or types are wrong.
+        ConfigErrors: the file cannot be read, an override cannot be applied, names or types are wrong, or a name is
+            not to be trusted.
     """
     root = read(path)
     problems = Problems()
@@ -110,12 +117,13 @@ def resolve(path: str | Path, overrides: Sequence[str] = ()) -> tuple[yaml.Mappi
     assert isinstance(copied, yaml.MappingNode)
     check_graph(copied, problems)  # overrides bring nodes of their own
     found = check_structure(copied, experiment(copied), problems)
+    check_text(copied, trust or Trust(), problems)
     problems.raise_if_any()
     return copied, found
 
 
-def check_names(root: yaml.MappingNode, found: list[Found]) -> list[str]:
-    """Imports the dependencies, then looks up ``found``.
+def check_names(root: yaml.MappingNode, found: list[Found], trust: Trust) -> list[str]:
+    """Imports the dependencies, then looks up ``found`` and what tags name.
 
     Returns:
         Warnings: what is written in the file and read by nothing.
@@ -127,6 +135,7 @@ def check_names(root: yaml.MappingNode, found: list[Found]) -> list[str]:
     import_dependencies(root, problems)
     problems.raise_if_any()
     check_references(root, found, problems)
+    check_targets(root, trust, problems, partial(check_arguments, problems))
     problems.raise_if_any()
     return problems.warnings
 

@@ -14,6 +14,7 @@ from vkd_plugin.config.nodes import (
     known_tags,
     plain_key,
     plain_value,
+    unset_variable,
     with_value,
 )
 from vkd_plugin.config.problems import ConfigErrors, Problems
@@ -21,6 +22,7 @@ from vkd_plugin.config.source import STR_TAG, place
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
 
+MERGE_TAG = "tag:yaml.org,2002:merge"
 MAX_NODES = 200_000
 MAX_DEPTH = 100
 """More than any experiment needs. A file whose anchors multiply to more is refused, not expanded."""
@@ -48,6 +50,10 @@ def check_graph(root: yaml.Node, problems: Problems) -> None:
         if node.tag.startswith("!"):
             if node.tag not in tags:
                 problems.add(f"unknown tag '{node.tag}'{nearest(node.tag, tags)}", where)
+        elif node.tag not in TorchdistillLoader.yaml_constructors and node.tag != MERGE_TAG:
+            written = node.tag.replace("tag:yaml.org,2002:", "!!")
+            why = "refused, it runs code" if written.startswith("!!python/") else "unknown"
+            problems.add(f"tag '{written}': {why}", where)
         elif isinstance(node, yaml.ScalarNode) and (message := _unreadable(node)):
             problems.add(message, where)
         for child in children(node):
@@ -62,7 +68,10 @@ def check_graph(root: yaml.Node, problems: Problems) -> None:
 
 def _unreadable(node: yaml.ScalarNode) -> str | None:
     """Why a scalar has no value: a date such as 2020-99-99, or ``!!int x``."""
-    if node.tag == STR_TAG or node.tag == "tag:yaml.org,2002:merge":
+    if node.tag == STR_TAG:
+        name = unset_variable(node.value)
+        return f"environment variable '{name}' is not set (a default: ${{{name}:-...}})" if name else None
+    if node.tag == MERGE_TAG:
         return None
     try:
         TorchdistillLoader("").construct_document(node)
@@ -79,7 +88,7 @@ def _check_duplicates(node: yaml.MappingNode, problems: Problems) -> None:
     first: dict[object, yaml.Mark] = {}
     for key, _ in node.value:
         # `<<` may be written more than once: PyYAML merges them in turn.
-        if key.tag == "tag:yaml.org,2002:merge":
+        if key.tag == MERGE_TAG:
             continue
         name = plain_key(key)
         if name in first:
@@ -178,15 +187,15 @@ def digest(root: yaml.Node) -> str:
 
 
 def _canonical(node: yaml.Node) -> object:
-    """``node`` as JSON. Tags stay as written: resolved, a home folder would change the digest."""
+    """``node`` as JSON."""
     content: object
     if isinstance(node, yaml.MappingNode):
         pairs = [(key, value) for key, value in node.value if not is_private(plain_key(key))]
         content = {"mapping": sorted([json.dumps(_canonical(k)), json.dumps(_canonical(v))] for k, v in pairs)}
     elif isinstance(node, yaml.SequenceNode):
         content = [_canonical(item) for item in node.value]
-    elif node.tag.startswith("!"):
-        content = node.value
+    elif node.tag.startswith("!") or node.tag == STR_TAG:
+        content = node.value  # as written: a home folder or a variable would change the digest
     else:
         value = plain_value(node)
         content = value if isinstance(value, str | int | float | None) else repr(value)

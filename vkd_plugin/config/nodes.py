@@ -4,7 +4,9 @@ An *active* tag (``!import_call`` and its like) runs code when it is constructed
 its like) only makes a string. Everything before construction reads text tags and steps around active ones.
 """
 
-from typing import Any, TypeAlias
+import os
+import re
+from typing import Any, ClassVar, TypeAlias
 
 import yaml
 from torchdistill.common import yaml_util
@@ -29,11 +31,52 @@ ACTIVE_TAGS = {
 
 
 class TorchdistillLoader(yaml.FullLoader):
-    """FullLoader with torchdistill's tags; torchdistill adds them to FullLoader itself, for all its users."""
+    """FullLoader with torchdistill's tags; torchdistill adds them to FullLoader itself, for all its users.
+
+    Text that is a path may begin with ``~/``, and name environment variables (:func:`expanded`). Without
+    ``!!python/name:``, which finds whatever Python has imported.
+    """
+
+    yaml_multi_constructors: ClassVar[dict[str | None, Any]] = {}
 
 
 for _tag, _constructor in (TEXT_TAGS | ACTIVE_TAGS).items():
     TorchdistillLoader.add_constructor(_tag, _constructor)
+
+# In a path: ${NAME} or ${NAME:-default} anywhere, $NAME only as a whole first part, so that other text keeps its $.
+_VARIABLE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}|^\$(?P<plain>[A-Z_][A-Z0-9_]*)(?=/|$)")
+
+
+def expanded(text: str) -> str:
+    """``text`` with the home folder and environment variables put in.
+
+    Raises:
+        KeyError: a variable that is not set, and has no default.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match["braced"] or match["plain"]
+        default: str | None = match["default"]
+        return os.environ[name] if default is None else os.environ.get(name) or default
+
+    text = _VARIABLE.sub(value, text)
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
+def _construct_str(loader: TorchdistillLoader, node: yaml.ScalarNode) -> str:
+    return expanded(loader.construct_scalar(node))
+
+
+TorchdistillLoader.add_constructor(STR_TAG, _construct_str)
+
+
+def unset_variable(text: str) -> str | None:
+    """The first environment variable that ``text`` needs and that is not set."""
+    try:
+        expanded(text)
+    except KeyError as error:
+        return str(error.args[0])
+    return None
 
 
 class _Opaque:

@@ -14,9 +14,9 @@ from vkd_plugin.config.nodes import (
     string,
     with_value,
 )
-from vkd_plugin.config.problems import ConfigErrors, KeyPath, Problems, dotted
+from vkd_plugin.config.problems import FLAG, ConfigErrors, KeyPath, Problems, dotted
 from vkd_plugin.config.schema import TAGS
-from vkd_plugin.config.source import FLAG, compose
+from vkd_plugin.config.source import compose
 from vkd_plugin.config.spec import Anything, Items, Named, Section, Spec
 from vkd_plugin.config.structure import option_for
 from vkd_plugin.errors import ConfigError

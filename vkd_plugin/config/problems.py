@@ -5,6 +5,9 @@ from typing import TypeAlias
 
 from vkd_plugin.errors import ConfigError
 
+FLAG = "--set "
+"""A place that begins so lies in an override, which has no lines."""
+
 KeyPath: TypeAlias = tuple[object, ...]
 """The way to a value, e.g. ``('train', 'teacher', 'forward_hook', 'output', 0)``."""
 
@@ -31,7 +34,7 @@ class Problems:
     """Collects problems; a value that several places share by an anchor is blamed once.
 
     Attributes:
-        warnings: what a user should know and the run survives, ``FILE:LINE: message`` each.
+        warnings: what a user should know and the run survives, ``FILE:LINE:COLUMN: message`` each.
     """
 
     def __init__(self) -> None:
@@ -41,7 +44,9 @@ class Problems:
     def add(self, message: str, where: str | None, path: KeyPath = ()) -> None:
         """Notes ``message`` about the value at ``path``, said at ``where``."""
         prefix = f"{dotted(path)}: " if path else ""
-        self._found.setdefault((where, message, path[-1:]), ConfigError(prefix + message, where))
+        # In an override, which has no columns, two values may stand at one place.
+        key = (where, message, path if where is None or where.startswith(FLAG) else ())
+        self._found.setdefault(key, ConfigError(prefix + message, where))
 
     def warn(self, message: str, where: str, path: KeyPath) -> None:
         """Notes ``message`` about the value at ``path`` without refusing the file."""

@@ -15,7 +15,6 @@ from torchdistill import core as _core  # noqa: F401  registers forward, pre and
 from torchdistill import datasets as _datasets  # noqa: F401  registers wrappers
 from torchdistill import losses as _losses  # noqa: F401  registers losses
 from torchdistill import models as _models  # noqa: F401  registers models and their wrappers
-from torchdistill.common.main_util import import_get
 from torchdistill.core.interfaces import registry as processes
 from torchdistill.datasets import registry as datasets
 from torchdistill.losses import registry as losses
@@ -23,13 +22,15 @@ from torchdistill.models import registry as models
 from torchdistill.optim import registry as optim
 from torchdistill.optim import scheduler as _scheduler  # noqa: F401  registers schedulers
 
-from vkd_plugin.config.construct import one_line, target_name
+from vkd_plugin.config.construct import find, one_line, target_name
 from vkd_plugin.config.nodes import OPAQUE, Entries, entries, is_active, is_null, is_private, plain_value
-from vkd_plugin.config.problems import Problems
+from vkd_plugin.config.problems import KeyPath, Problems
 from vkd_plugin.config.signatures import keywords
-from vkd_plugin.config.source import entry_place, place
+from vkd_plugin.config.source import entry_place
 from vkd_plugin.config.spec import Section, Text
 from vkd_plugin.config.structure import Found
+from vkd_plugin.config.tags import dependencies
+from vkd_plugin.config.trust import Trust
 from vkd_plugin.suggest import closest, nearest
 
 Registry = Mapping[str, Any]
@@ -50,6 +51,9 @@ class Kind:
     positional: int = 0
     supplied: frozenset[str] = frozenset()
 
+
+CALL = Kind(())
+"""A call to which nothing is added."""
 
 _PLACEMENT = frozenset({"device", "device_ids", "distributed"})
 _WRAPPERS = (models.AUXILIARY_MODEL_WRAPPER_DICT,)
@@ -80,31 +84,11 @@ NAMES: dict[str, Registry] = {
 
 def import_dependencies(root: yaml.MappingNode, problems: Problems) -> None:
     """Imports the modules under ``dependencies``, which register what the rest of the file names."""
-    top = entries(root)
-    if "dependencies" not in top:
-        return
-    key, node = top["dependencies"]
-    items = node.value if isinstance(node, yaml.SequenceNode) and not node.tag.startswith("!") else [node]
-    for item in items:
-        value = _dependency(item)
-        if not value:
-            continue
-        where = entry_place(key, item) if item is node else place(item.start_mark)
+    for name, package, where in dependencies(root):
         try:
-            import_module(*value)
+            import_module(name, package)
         except Exception as error:  # a module may raise anything while it is imported
-            problems.add(f"cannot import '{value[0]}': {one_line(error)}", where, ("dependencies",))
-
-
-def _dependency(node: yaml.Node) -> list[str]:
-    """The arguments of ``import_module``, in any of the three forms that torchdistill takes."""
-    if isinstance(node, yaml.MappingNode):
-        known = {name: plain_value(value) for name, (_, value) in entries(node).items()}
-        values = [known.get("name"), known.get("package")]
-    else:
-        value = plain_value(node)
-        values = value if isinstance(value, list) else [value]
-    return [value for value in values if isinstance(value, str)]
+            problems.add(f"cannot import '{name}': {one_line(error)}", where, ("dependencies",))
 
 
 def check_references(root: yaml.MappingNode, found: list[Found], problems: Problems) -> None:
@@ -148,7 +132,7 @@ def _check_component(found: Found, component: str, problems: Problems) -> None:
             return
         for registry in kind.registries:
             if key in registry:
-                _check_arguments(found, registry[key], key, kind, problems)
+                _check_kind(found, registry[key], key, kind, problems)
                 return
         message = f"no {component} '{key}'{nearest(key, chain(*kind.registries))}"
         problems.add(message, entry_place(*present["key"]), (*found.path, "key"))
@@ -158,17 +142,17 @@ def _check_loader(found: Found, present: Entries, problems: Problems) -> None:
     supplied = {"dataset", "sampler", "batch_sampler", "collate_fn"}
     if "batch_sampler" in present and not is_null(present["batch_sampler"][1]):
         supplied |= {"batch_size", "drop_last"}
-    _check_arguments(found, DataLoader, "DataLoader", Kind((), supplied=frozenset(supplied)), problems)
+    _check_kind(found, DataLoader, "DataLoader", Kind((), supplied=frozenset(supplied)), problems)
 
 
 def _check_sampler(found: Found, present: Entries, problems: Problems) -> None:
     name = target_name(present["class_or_func"][1])
     try:
-        target = import_get(name)
-    except Exception:  # construction will say so, with the line of the tag
+        target = find(str(name), False, Trust())
+    except Exception:  # the check of tags says so, with the line of the tag
         return
     if callable(target):
-        _check_arguments(found, target, str(name), Kind((), positional=1), problems)
+        _check_kind(found, target, str(name), Kind((), positional=1), problems)
 
 
 def _model_kind(present: Entries) -> Kind | None:
@@ -186,17 +170,38 @@ def _callables(module: Any) -> Registry:
     return {name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"}
 
 
-def _check_arguments(found: Found, target: Callable[..., Any], key: str, kind: Kind, problems: Problems) -> None:
-    """``kwargs`` has no keyword that ``target`` does not read, and all that it needs."""
+def _check_kind(found: Found, target: Callable[..., Any], key: str, kind: Kind, problems: Problems) -> None:
     assert isinstance(found.node, yaml.MappingNode)
-    present = entries(found.node)
-    where, path = found.where, found.path
+    check_arguments(problems, target, key, found.node, found.where, found.path, kind)
+
+
+def check_arguments(
+    problems: Problems,
+    target: Callable[..., Any],
+    key: str,
+    node: yaml.MappingNode,
+    where: str,
+    path: KeyPath,
+    kind: Kind = CALL,
+) -> None:
+    """Adds to ``problems`` keywords that ``target`` does not read, and the missing ones that it needs.
+
+    Args:
+        problems: where to.
+        target: what is called.
+        key: its name.
+        node: the mapping that holds ``kwargs`` and perhaps ``args``.
+        where: its place.
+        path: the way to it.
+        kind: what torchdistill adds to the arguments.
+    """
+    present = entries(node)
     given: Entries = {}
     if "kwargs" in present and not is_null(present["kwargs"][1]):
-        node = present["kwargs"][1]
-        if not isinstance(node, yaml.MappingNode) or is_active(node):
+        kwargs = present["kwargs"][1]
+        if not isinstance(kwargs, yaml.MappingNode) or is_active(kwargs):
             return
-        given = entries(node)
+        given = entries(kwargs)
         where, path = entry_place(*present["kwargs"]), (*path, "kwargs")
     args = present["args"][1] if "args" in present else None
     if args is not None and args.tag.startswith("!"):

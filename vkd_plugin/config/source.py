@@ -5,12 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from vkd_plugin.config.problems import ConfigErrors
+from vkd_plugin.config.problems import FLAG, ConfigErrors
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
-
-FLAG = "--set "
-"""A mark with a name that begins so lies in an override, which has no lines."""
 
 NULL_TAG = "tag:yaml.org,2002:null"
 MAP_TAG = "tag:yaml.org,2002:map"
@@ -18,8 +15,8 @@ STR_TAG = "tag:yaml.org,2002:str"
 
 
 def place(mark: yaml.Mark) -> str:
-    """``FILE:LINE`` of a mark; for one in an override, the override itself."""
-    return mark.name if mark.name.startswith(FLAG) else f"{mark.name}:{mark.line + 1}"
+    """``FILE:LINE:COLUMN`` of a mark, counted from 1; for one in an override, the override itself."""
+    return mark.name if mark.name.startswith(FLAG) else f"{mark.name}:{mark.line + 1}:{mark.column + 1}"
 
 
 def entry_place(key: yaml.Node, value: yaml.Node) -> str:
@@ -58,8 +55,8 @@ def compose(text: str, name: str) -> yaml.Node | None:
         loader.name = name
         return loader.get_single_node()
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        where = name if name.startswith(FLAG) else f"{name}:{line}"
+        line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position) - 1
+        where = place(yaml.Mark(name, error.position, line, column, None, 0))
         raise ConfigErrors([ConfigError(f"unprintable character #x{error.character:04x}", where)]) from None
     except yaml.MarkedYAMLError as error:
         raise ConfigErrors([syntax_problem(error, name, getattr(loader, "anchors", {}))]) from None
@@ -77,8 +74,6 @@ def syntax_problem(error: yaml.MarkedYAMLError, name: str, anchors: dict[str, ob
         message += f" {error.context}"
     if message.startswith("found undefined alias"):
         message += nearest(message.split("'")[1], anchors)
-    elif mark is not None and not name.startswith(FLAG):
-        message += f" (column {mark.column + 1})"
     return ConfigError(" ".join(message.split()), place(mark) if mark else name)
 
 

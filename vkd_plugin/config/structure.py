@@ -96,7 +96,7 @@ class _Checker:
     def visit(self, node: yaml.Node, spec: Spec, path: KeyPath, where: str) -> None:
         """Checks ``node`` at ``path`` against ``spec``; ``where`` is its line as a user sees it."""
         if node.tag in TAGS:
-            self._visit_content(node, TAGS[node.tag], (*path, node.tag), where)
+            self._visit_content(node, TAGS[node.tag], path, where)
         if is_active(node):
             return  # what it makes is known only after construction
         if is_null(node) and not isinstance(spec, Anything):

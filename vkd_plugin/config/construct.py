@@ -132,11 +132,12 @@ for _tag in ACTIVE_TAGS:
     _Constructor.add_constructor(_tag, getattr(_Constructor, _method))
 
 
-def _call(target: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+def call(target: Callable[..., Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """``target(*args, **kwargs)``."""
     return target(*args, **kwargs)
 
 
-def construct(root: yaml.Node, trust: Trust | None = None, build: Build = _call) -> Any:
+def construct(root: yaml.Node, trust: Trust | None = None, build: Build = call) -> Any:
     """What the graph means, its tags executed.
 
     Args:

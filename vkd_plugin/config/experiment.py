@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from vkd_plugin.config.construct import construct
+from vkd_plugin.config.construct import Build, call, construct
 from vkd_plugin.config.graph import check_graph, digest, merge_all, to_text, unshare
 from vkd_plugin.config.nodes import entries
 from vkd_plugin.config.overrides import Override, apply_overrides
@@ -64,6 +64,10 @@ class Experiment:
         prefix = f"{dotted(path)}: " if path else ""
         return ConfigError(prefix + message, self.where(*path))
 
+    def with_data(self, data: dict[str, Any]) -> "Experiment":
+        """The same places in the file, for other ``data``."""
+        return Experiment(self.path, self._root, data, self.warnings)
+
     def dump(self) -> str:
         """The experiment as YAML, overrides applied; torchdistill's loader makes ``data`` of it again."""
         return to_text(self._root)
@@ -73,7 +77,9 @@ class Experiment:
         return digest(self._root)
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = (), trusted: Sequence[str] = ()) -> Experiment:
+def load_experiment(
+    path: str | Path, overrides: Sequence[str] = (), trusted: Sequence[str] = (), build: Build = call
+) -> Experiment:
     """Reads an experiment file, finds what is wrong with it, and builds what it describes.
 
     Names and types are checked before anything is imported, names of components before anything is built.
@@ -82,6 +88,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), trusted: Se
         path: the YAML file.
         overrides: ``a.b.c=value`` each, applied in turn.
         trusted: packages whose code the file may run besides those that :mod:`vkd_plugin.config.trust` lists.
+        build: makes the calls that tags ask for; by default it calls.
 
     Raises:
         ConfigErrors: all that is wrong, as far as it can be told at once, each problem with its line.
@@ -89,7 +96,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = (), trusted: Se
     trust = Trust(trusted)
     root, found = resolve(path, overrides, trust)
     warnings = check_names(root, found, trust)
-    return Experiment(str(path), root, construct(root, trust), warnings)
+    return Experiment(str(path), root, construct(root, trust, build), warnings)
 
 
 def resolve(

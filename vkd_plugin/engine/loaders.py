@@ -130,7 +130,7 @@ def build_loader(
         raise UserError(f"{type(dataset).__name__} is iterable; samples need an index (a map-style data set)")
     if config.get("cache_output"):
         logger.warning("cache_output is ignored: torchdistill has had no cache of outputs since 1.1.5")
-    wrapped = _wrapped(dataset, config)
+    wrapped = wrapped_dataset(dataset, config)
     sampler = EpochSampler(_sampler(wrapped, config, train), seed, rank, world_size, pad=train)
     options = {**(config.get("kwargs") or {})}
     batches = _batch_sampler(sampler, config, options)
@@ -338,7 +338,8 @@ class _Cut:
         return None
 
 
-def _wrapped(dataset: Dataset[Any], config: Mapping[str, Any]) -> Any:
+def wrapped_dataset(dataset: Dataset[Any], config: Mapping[str, Any]) -> Any:
+    """A loader's data set in torchdistill's wrapper: that of ``dataset_wrapper``, or the one for ``requires_supp``."""
     wrapper = config.get("dataset_wrapper")
     if wrapper:
         build = get_dataset_wrapper(wrapper["key"])

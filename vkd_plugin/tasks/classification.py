@@ -66,7 +66,7 @@ class Classification:
         try:
             for batch in loader:
                 samples, targets, _ = self.unpack(batch, device)
-                sums += _batch_sums(_logits(model(samples)), targets)
+                sums += _batch_sums(logits(model(samples)), targets)
         finally:
             for module, training in modes:
                 module.training = training
@@ -78,8 +78,12 @@ class Classification:
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
 
-def _logits(outputs: Any) -> Tensor:
-    """(N, K) float32 from what a classifier returns."""
+def logits(outputs: Any) -> Tensor:
+    """(N, K) float32 from what a classifier returns: logits, or several heads, whose mean is taken.
+
+    Raises:
+        UserError: anything else.
+    """
     if isinstance(outputs, tuple | list) and outputs and all(isinstance(head, Tensor) for head in outputs):
         outputs = torch.stack([head.float() for head in outputs]).mean(dim=0)
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
@@ -88,10 +92,10 @@ def _logits(outputs: Any) -> Tensor:
     return outputs.float()
 
 
-def _batch_sums(logits: Tensor, targets: Tensor) -> Tensor:
+def _batch_sums(outputs: Tensor, targets: Tensor) -> Tensor:
     """Samples, top-1 hits, top-5 hits and summed loss of a batch, (4,) float64 on the device."""
-    best = logits.topk(min(5, logits.shape[1])).indices
+    best = outputs.topk(min(5, outputs.shape[1])).indices
     hits = best == targets[:, None]
     count = hits.new_tensor(len(targets), dtype=torch.float64)
-    loss = F.cross_entropy(logits, targets, reduction="sum")
+    loss = F.cross_entropy(outputs, targets, reduction="sum")
     return torch.stack([count, hits[:, 0].sum(), hits.sum(), loss.double()])

@@ -1,0 +1,90 @@
+"""Tensors without contents: shapes, dtypes and gradients are real, and no memory or arithmetic is spent."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+NEEDS_CONTENTS = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+    GuardOnDataDependentSymNode,
+    NotImplementedError,
+)
+"""What is raised where a result depends on what is in a tensor; such a model is tried with contents."""
+
+
+class Contents:
+    """Whether tensors have contents.
+
+    Args:
+        real: they have.
+    """
+
+    def __init__(self, real: bool) -> None:
+        self.real = real
+        self._mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __call__(self) -> Any:
+        """A context within which tensors are made so."""
+        return self._mode if self._mode is not None else nullcontext()
+
+    def empty(self, model: nn.Module) -> None:
+        """Takes the contents out of the parameters and buffers of ``model``, if they are not to be there."""
+        if self._mode is None:
+            return
+        done: dict[int, Any] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    if id(parameter) not in done:  # tied weights stay one
+                        fake = self._mode.from_tensor(parameter.detach())
+                        done[id(parameter)] = nn.Parameter(fake, parameter.requires_grad)
+                    module._parameters[name] = done[id(parameter)]
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = self._mode.from_tensor(buffer)
+
+
+class SavedBytes:
+    """Counts the bytes that a forward pass keeps for the backward pass, each storage once."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        self._own = {
+            tensor.untyped_storage()._cdata
+            for model in models
+            for tensor in (*model.parameters(), *model.buffers())
+        }
+        self._saved: dict[int, int] = {}
+        self._kept: list[Any] = []  # so that no storage's address is used again
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(self._saved.values())
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Counts within it."""
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._own:
+                self._saved[storage._cdata] = storage.nbytes()
+                self._kept.append(storage)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield

@@ -341,7 +341,7 @@ def test_a_readout_that_does_not_fit_is_blamed_at_its_line(tmp_path: Path, capfd
     projector = "train.student.auxiliary_model_wrapper.kwargs.features.tokens.projector"
     _run(str(file), tmp_path / "run", "--set", f"{projector}.out_features=128", expect=2)
     err = capfd.readouterr().err
-    assert err.startswith(f"error: {file}:{line}: ")
+    assert err.startswith(f"error: {file}:{line}:")
     assert "output of module 'final_conv' of the teacher: readout 'class_token' reads tokens (B, T, C)" in err
 
 

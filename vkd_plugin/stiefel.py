@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -461,8 +461,11 @@ def _eye_like(a: Tensor) -> Tensor:
 
 
 def _may_look(x: Tensor) -> bool:
-    """Whether branching on the values of ``x`` is free: no device to wait for, no graph to break."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether branching on the values of ``x`` is free: no device to wait for, no graph to break, and values at all.
+
+    A tensor of a subclass may have none, as torch's fake tensors.
+    """
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _require(condition: Tensor, message: str) -> Tensor | None:

@@ -13,6 +13,7 @@ from ..errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from . import standin
 from .dry import dry_run
 from .facts import Facts
+from .folders import missing_files
 from .page import print_page
 
 
@@ -54,7 +55,7 @@ def examine(path: str | Path, overrides: Sequence[str] = (), trust: Sequence[str
     except ConfigErrors as error:
         facts.problems += error.problems
         return facts
-    facts.warnings += experiment.warnings
+    facts.warnings += experiment.warnings + ([] if data else missing_files(experiment))
     dry_run(experiment, facts)
     return facts
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +16,7 @@ from torchdistill.datasets.util import get_collate_func
 from torchdistill.losses.high_level import AbstractLoss
 
 from ..config import Experiment
+from ..config.schema import ENGINE
 from ..engine.box import EngineBox, build_box
 from ..engine.build import blame, build_model, is_staged, model_sections, stage_sections
 from ..engine.loaders import wrapped_dataset
@@ -24,10 +26,11 @@ from ..engine.sharding import parameters_of
 from ..errors import BadValue, ConfigError, UserError
 from ..models.weights import is_url
 from ..random_state import generators_restored
-from ..tasks.classification import Classification, logits
-from .fake import NEEDS_CONTENTS, Contents, SavedBytes
+from ..tasks.classification import logits
 from .facts import DataFacts, Facts, FeatureFacts, GroupFacts, MemoryFacts, ModelFacts, StageFacts, TermFacts
+from .fake import NEEDS_CONTENTS, Contents, SavedBytes
 from .offline import offline
+from .places import place_in_stage
 from .schedule import learning_rates, optimizer_state_factor, schedule_problem
 from .standin import StandIn, classes_of, length_of
 
@@ -64,6 +67,7 @@ class _Attempt:
         self.train: dict[str, Any] = experiment.data["train"]
         self.precision = Precision(self.train.get("amp"), CPU)
         self.staged = is_staged(self.train)
+        self.facts.extras = [f"{name}: {_said(self.train[name])}" for name in ENGINE if self.train.get(name)]
 
     def run(self) -> None:
         """Models, data, then each stage."""
@@ -154,9 +158,20 @@ class _Attempt:
         batch: Any = None
         with self.noting(*path, "collate_fn" if loader.get("collate_fn") else "dataset_id"):
             config = {"requires_supp": True, **loader} if training else loader
-            wrapped = wrapped_dataset(dataset, config)
+            try:
+                wrapped = wrapped_dataset(copy.copy(dataset), config)  # a wrapper may take its transform away
+            except AttributeError:
+                if not isinstance(dataset, StandIn):
+                    raise
+                self.warn("the step is not checked: its data set is not here", *path, "dataset_wrapper")
+                return None
             collate = loader.get("collate_fn")
             collate = collate if callable(collate) else get_collate_func(collate)
+            image = wrapped[0][0] if isinstance(wrapped[0], tuple | list) else wrapped[0]
+            if collate is None and isinstance(image, Image):
+                message = "its samples are PIL images: end its transform with torchvision.transforms.ToTensor"
+                self.problem(message, "datasets", loader["dataset_id"])
+                return None
             batch = (collate or default_collate)([wrapped[0], wrapped[1 if length_of(dataset, "") != 1 else 0]])
         return batch
 
@@ -187,6 +202,7 @@ class _Stage:
         self.facts = StageFacts(path[1] if len(path) > 1 else None, int(config["num_epochs"]))
         self.seen: dict[str, Any] = {}
         self.values: dict[str, Tensor] = {}
+        self.validated: Any = None  # a batch
 
     def run(self) -> None:
         """Sets the stage up, takes a step, and notes what it comes to."""
@@ -195,12 +211,12 @@ class _Stage:
         loader = self.config["train_data_loader"]
         self._count_steps(loader)
         batch = attempt.batch(loader, True, (*self.path, "train_data_loader"))
-        attempt.batch(self.config["val_data_loader"], False, (*self.path, "val_data_loader"))
+        self.validated = attempt.batch(self.config["val_data_loader"], False, (*self.path, "val_data_loader"))
         if batch is None or attempt.facts.problems:
             return
         with attempt.contents():
             box = self._box(loader)
-            if box is None:
+            if box is None or attempt.facts.problems:
                 return
             try:
                 self._describe_optimizer(box)
@@ -225,13 +241,13 @@ class _Stage:
 
     def _box(self, loader: Mapping[str, Any]) -> EngineBox | None:
         """The box, without what of its hooks leads nowhere; None where something is wrong."""
-        attempt, before = self.attempt, len(self.attempt.facts.problems)
+        attempt = self.attempt
         while True:
             try:
                 return self._built()
             except BadValue as error:
                 hooks = _hook_of(self.config, error.value)
-                with attempt.noting(*self.path):
+                with attempt.noting(*self.path, *place_in_stage(error, self.teacher is not None)):
                     raise error
                 if hooks is None:
                     return None
@@ -241,9 +257,6 @@ class _Stage:
             except ConfigError as error:
                 attempt.facts.problems.append(error)
                 return None
-            finally:
-                if len(attempt.facts.problems) > before + 50:
-                    return None
 
     def _built(self) -> EngineBox | None:
         attempt = self.attempt
@@ -268,7 +281,7 @@ class _Stage:
         except BadValue:
             raise
         except Exception as error:
-            with attempt.noting(*self.path):
+            with attempt.noting(*self.path, *place_in_stage(error, self.teacher is not None)):
                 raise error
             return None
         return box if len(attempt.facts.problems) == found else None
@@ -294,7 +307,7 @@ class _Stage:
             return
         with attempt.noting(*self.path, "criterion"):
             self._check_gradients(box, loss)
-        self._check_outputs(box, samples)
+        self._check_outputs(box)
         self._estimate_memory(box, saved, len(samples))
         self._check_classes(box)
 
@@ -353,23 +366,29 @@ class _Stage:
         gradients = torch.autograd.grad(loss.mean(), trained, allow_unused=True)
         idle = [names.get(id(p), "?") for p, g in zip(trained, gradients, strict=True) if g is None]
         if idle:
-            everything = {name for name in names.values()}
-            modules = _common_modules(idle, everything)
+            modules = _common_modules(idle, set(names.values()))
             shown = ", ".join(f"'{module}'" for module in modules[:5]) + (", ..." if len(modules) > 5 else "")
             message = f"the loss sends no gradient to {shown}: use it in a term, or name it under frozen_modules"
             self.attempt.problem(message, *self.path, self.side)
 
-    def _check_outputs(self, box: EngineBox, samples: Any) -> None:
-        """That the student alone can be evaluated."""
-        model = box.bare_student
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with self.attempt.noting("models", model_sections(self.attempt.experiment)[1]), torch.no_grad():
-                self.seen["classes"] = logits(model(samples)).shape[1]
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    def _check_outputs(self, box: EngineBox) -> None:
+        """That the bare models can be evaluated, and what a sample costs."""
+        teacher, student = model_sections(self.attempt.experiment)
+        models = {student: box.bare_student} | ({teacher: self.teacher} if teacher and self.teacher else {})
+        for section, model in models.items():
+            modes = {module: module.training for module in model.modules()}
+            model.eval()
+            samples = self.validated[0]
+            try:
+                with self.attempt.noting("models", section), torch.no_grad(), FlopCounterMode(display=False) as flops:
+                    outputs = model(samples)
+                    if section == student:
+                        self.seen["classes"] = logits(outputs).shape[1]
+                    facts = next(facts for facts in self.attempt.facts.models if facts.role == section)
+                    facts.flops = flops.get_total_flops() // len(samples)
+            finally:
+                for module, training in modes.items():
+                    module.training = training
 
     def _check_classes(self, box: EngineBox) -> None:
         outputs = self.seen.get("classes")
@@ -392,7 +411,7 @@ class _Stage:
                         continue
                     shape: list[int] | str = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                     feature = projected.get(path.removeprefix("features.")) if side == "student" else None
-                    projector = str(feature.projector) if feature is not None else None
+                    projector = _said_of(feature.projector) if feature is not None else None
                     self.facts.features.append(FeatureFacts(side, path, kind, shape, projector))
 
     def _describe_terms(self, box: EngineBox) -> None:
@@ -412,7 +431,7 @@ class _Stage:
         for group in box.optimizer.param_groups:
             sizes = [p.numel() for p in group["params"]]
             decay = group.get("weight_decay")
-            lr = float(group.get("initial_lr", group.get("lr", 0)))
+            lr = float(group.get("max_lr", group.get("initial_lr", group.get("lr", 0))))  # OneCycleLR's first is low
             self.facts.groups.append(GroupFacts(lr, None if decay is None else float(decay), len(sizes), sum(sizes)))
         scheduler = self.config.get("scheduler") or {}
         if not scheduler:
@@ -515,6 +534,17 @@ def _hook_of(config: Mapping[str, Any], path: object) -> list[Any] | None:
             if isinstance(hooks, list) and path in hooks:
                 return hooks
     return None
+
+
+def _said(value: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _said_of(projector: nn.Module) -> str:
+    """``OrthogonalProjector 192 -> 3024, matrix_exp``."""
+    sizes = [getattr(projector, name, "?") for name in ("in_features", "out_features")]
+    rule = getattr(projector, "orthogonal_map", None)
+    return f"{type(projector).__name__} {sizes[0]} -> {sizes[1]}" + (f", {rule}" if rule else "")
 
 
 def _weight(criterion: nn.Module, name: str) -> float:

@@ -101,5 +101,5 @@ class Facts:
     models: list[ModelFacts] = field(default_factory=list)
     datasets: list[DataFacts] = field(default_factory=list)
     stages: list[StageFacts] = field(default_factory=list)
-    precision: str = "float32"
     extras: list[str] = field(default_factory=list)
+    """What the engine's own keys ask for."""

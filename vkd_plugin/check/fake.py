@@ -1,8 +1,9 @@
 """Tensors without contents: shapes, dtypes and gradients are real, and no memory or arithmetic is spent."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -37,9 +38,14 @@ class Contents:
         self.real = real
         self._mode = None if real else FakeTensorMode(allow_non_fake_inputs=True)
 
-    def __call__(self) -> Any:
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
         """A context within which tensors are made so."""
-        return self._mode if self._mode is not None else nullcontext()
+        if self._mode is None:
+            yield
+            return
+        with patch.object(nn.Module, "_apply", _apply), self._mode:
+            yield
 
     def empty(self, model: nn.Module) -> None:
         """Takes the contents out of the parameters and buffers of ``model``, if they are not to be there."""
@@ -58,14 +64,24 @@ class Contents:
                     module._buffers[name] = self._mode.from_tensor(buffer)
 
 
+def _apply(self: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply``, on which ``to`` is built; torch's puts new contents into a parameter, and fails."""
+    for module in self.modules() if recurse else [self]:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and (changed := function(parameter)) is not parameter:
+                module._parameters[name] = nn.Parameter(changed.detach(), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = function(buffer)
+    return self
+
+
 class SavedBytes:
     """Counts the bytes that a forward pass keeps for the backward pass, each storage once."""
 
     def __init__(self, *models: nn.Module) -> None:
         self._own = {
-            tensor.untyped_storage()._cdata
-            for model in models
-            for tensor in (*model.parameters(), *model.buffers())
+            tensor.untyped_storage()._cdata for model in models for tensor in (*model.parameters(), *model.buffers())
         }
         self._saved: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no storage's address is used again

@@ -8,7 +8,7 @@ import torch
 from torch.optim import lr_scheduler
 from torchdistill.optim.registry import get_optimizer
 
-POINTS = 60
+POINTS = 40
 """Of a curve."""
 _STEPPED = 20_000
 """So many steps are simply taken; a longer course is looked at here and there."""

@@ -43,6 +43,7 @@ class StandIn(Dataset[Any]):
 
     Attributes:
         length: the published number of samples; None where none is known.
+        transform, target_transform, transforms: as in torchvision's data sets.
     """
 
     def __init__(self, target: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
@@ -50,8 +51,9 @@ class StandIn(Dataset[Any]):
         lengths, self.size, self.mode = _SIZES.get(self.kind, ((None, None), (500, 375), "RGB"))
         is_train = kwargs.get("train", kwargs.get("split", "train") == "train")
         self.length: int | None = lengths[0] if is_train else lengths[1]
-        both = kwargs.get("transforms")
-        self.transforms = both or StandardTransform(kwargs.get("transform"), kwargs.get("target_transform"))
+        self.transform = kwargs.get("transform")
+        self.target_transform = kwargs.get("target_transform")
+        self.transforms = kwargs.get("transforms")
 
     def __getitem__(self, index: int) -> Any:
         if not isinstance(index, int):
@@ -59,7 +61,8 @@ class StandIn(Dataset[Any]):
         width, height = self.size
         channels = () if self.mode == "L" else (3,)
         pixels = np.random.default_rng(index).integers(0, 256, (height, width, *channels), dtype=np.uint8)
-        return self.transforms(Image.fromarray(pixels), index % 2)
+        both = self.transforms or StandardTransform(self.transform, self.target_transform)
+        return both(Image.fromarray(pixels), index % 2)
 
     def __len__(self) -> int:
         if self.length is None:

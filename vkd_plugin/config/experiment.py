@@ -28,6 +28,7 @@ class Experiment:
         path: the file, as the user named it.
         data: what torchdistill's ``yaml_util.load_yaml_file`` gives for it, overrides applied. No two places
             in it hold the same dict or list, except what a tag built.
+        root: the file's node graph, overrides applied.
         warnings: what is no mistake for sure but has no effect, ``FILE:LINE:COLUMN: message`` each.
     """
 
@@ -35,14 +36,14 @@ class Experiment:
         self.path = path
         self.data = data
         self.warnings = list(warnings)
-        self._root = root
+        self.root = root
 
     def where(self, *path: object) -> str:
         """``FILE:LINE:COLUMN`` of a key or list item, or of the nearest that exists on the way to it.
 
         ``where('train', 'teacher', 'forward_hook', 'output', 0)``; for what an override set, the override.
         """
-        node: yaml.Node = self._root
+        node: yaml.Node = self.root
         found = place(node.start_mark)
         for part in path:
             if isinstance(node, yaml.MappingNode) and part in (present := entries(node)):
@@ -66,15 +67,15 @@ class Experiment:
 
     def with_data(self, data: dict[str, Any]) -> "Experiment":
         """The same places in the file, for other ``data``."""
-        return Experiment(self.path, self._root, data, self.warnings)
+        return Experiment(self.path, self.root, data, self.warnings)
 
     def dump(self) -> str:
         """The experiment as YAML, overrides applied; torchdistill's loader makes ``data`` of it again."""
-        return to_text(self._root)
+        return to_text(self.root)
 
     def digest(self) -> str:
         """sha256 of what the experiment says, however it is written: equal digests, equal experiments."""
-        return digest(self._root)
+        return digest(self.root)
 
 
 def load_experiment(

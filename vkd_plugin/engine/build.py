@@ -39,6 +39,8 @@ def blame(experiment: Experiment, *path: str | int) -> Iterator[None]:
         logger.debug("", exc_info=True)
         text = " ".join(str(error).split()) or "failed"
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        if type(error) is KeyError:
+            kind = "no key "
         raise experiment.error(kind + text, *path) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..check import prove
 from ..config import Experiment, load_experiment
 from ..errors import EXIT_DONE, UserError
 from ..models.weights import fit_weights, load_weights, read_checkpoint
@@ -116,6 +117,10 @@ def _train_and_test(
         if state["epoch"] >= epochs and processes.share((path / "summary.json").exists()):
             logger.info("%s: this run is finished, all %d epochs are done", source, state["epoch"])
             return
+    if found is None or changed:  # else it was proved sound when it was begun
+        warnings = processes.share_result(lambda: prove(experiment))
+        for warning in warnings if processes.is_main else ():
+            logger.warning("%s", warning)
     teacher, student = _models(experiment, processes)
     lr_factor = processes.world_size if options.adjust_lr else 1
     stop = StopRequest()

@@ -57,6 +57,7 @@ def examine(path: str | Path, overrides: Sequence[str] = (), trust: Sequence[str
         return facts
     facts.warnings += experiment.warnings + ([] if data else missing_files(experiment))
     dry_run(experiment, facts)
+    facts.problems.sort(key=_position)
     return facts
 
 
@@ -78,6 +79,11 @@ def prove(experiment: Experiment) -> list[str]:
 
 def _as_json(facts: Facts) -> dict[str, Any]:
     return {**asdict(facts), "problems": [_problem(problem) for problem in facts.problems]}
+
+
+def _position(problem: ConfigError) -> tuple[str, int, int]:
+    found = _problem(problem)
+    return found["file"], found["line"] or 0, found["column"] or 0
 
 
 def _problem(problem: ConfigError) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -128,7 +128,8 @@ class _Attempt:
                 local = {**config, "src_ckpt": None} if is_url(config.get("src_ckpt") or "") else config
                 data = {**self.experiment.data, "models": {**self.experiment.data["models"], section: local}}
                 model = build_model(self.experiment.with_data(data), section, CPU, False)
-                self.facts.models.append(_model_facts(section, config["key"], model))
+                name = config["kwargs"].get("name", "timm_model") if config["key"] == "timm_model" else config["key"]
+                self.facts.models.append(_model_facts(section, str(name), model))
                 self.contents.empty(model)
             built.append(model)
         return built[0], built[1]
@@ -215,7 +216,7 @@ class _Stage:
         if batch is None or attempt.facts.problems:
             return
         with attempt.contents():
-            box = self._box(loader)
+            box = self._box(batch[0][0])
             if box is None or attempt.facts.problems:
                 return
             try:
@@ -239,12 +240,12 @@ class _Stage:
                 message = f"an epoch has no batch: {length} samples, batch_size {self.facts.batch_size}, drop_last"
                 self.attempt.problem(message, *self.path, "train_data_loader", "kwargs", "batch_size")
 
-    def _box(self, loader: Mapping[str, Any]) -> EngineBox | None:
+    def _box(self, sample: Any) -> EngineBox | None:
         """The box, without what of its hooks leads nowhere; None where something is wrong."""
         attempt = self.attempt
         while True:
             try:
-                return self._built()
+                return self._built(sample)
             except BadValue as error:
                 hooks = _hook_of(self.config, error.value)
                 with attempt.noting(*self.path, *place_in_stage(error, self.teacher is not None)):
@@ -258,10 +259,10 @@ class _Stage:
                 attempt.facts.problems.append(error)
                 return None
 
-    def _built(self) -> EngineBox | None:
+    def _built(self, sample: Any) -> EngineBox | None:
         attempt = self.attempt
         found = len(attempt.facts.problems)
-        loaders = [_Loader(attempt.experiment.data["datasets"][self.config["train_data_loader"]["dataset_id"]]), None]
+        loaders = [_Loader([(sample,)]), None]
         try:
             box = build_box(
                 lambda *_: loaders,
@@ -498,9 +499,9 @@ class _WatchedTerm(nn.Module):
 
 
 class _Loader:
-    """What a wrapper asks a data loader for: its data set."""
+    """What a wrapper asks a data loader for: a data set with a first sample."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Sequence[Any]) -> None:
         self.dataset = dataset
 
 

@@ -1,5 +1,6 @@
 """What a check has found out, as a page for the terminal."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ from rich.text import Text
 
 from .facts import Facts, FeatureFacts, MemoryFacts, StageFacts
 
+_PIPED_WIDTH = 120
 _BARS = "▁▂▃▄▅▆▇█"
 _ROLES = {"teacher_model": "teacher", "student_model": "student", "model": "student"}
 
 
 def print_page(facts: Facts) -> None:
     """Prints the page of an experiment in which nothing is wrong."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPED_WIDTH)
     console.print(Text.assemble((facts.path, "bold"), "  ", ("ok", "green")))
     _section(
         console,
@@ -71,8 +73,7 @@ def _print_stage(console: Console, stage: StageFacts) -> None:
     )
     if stage.scheduler:
         rates = stage.schedule
-        course = f"{rates[0]:.3g} to {max(rates):.3g} to {rates[-1]:.3g}" if rates else "depends on the training"
-        _section(console, "schedule", [(stage.scheduler, curve(rates) if rates else "", course)])
+        _section(console, "schedule", [(stage.scheduler, curve(rates) if rates else "", _course(rates))])
     steps = "?" if stage.steps_per_epoch is None else f"{stage.steps_per_epoch:,}"
     size = f" x {stage.batch_size} samples" if stage.batch_size else ""
     _section(console, "training", [(f"{stage.epochs} epochs x {steps} steps{size}, per process",)])
@@ -115,6 +116,14 @@ def _samples(length: int | None) -> str:
 
 def _decay(decay: float | None) -> str:
     return "" if decay is None else f"weight decay {decay:g}"
+
+
+def _course(rates: Sequence[float] | None) -> str:
+    if not rates:
+        return "depends on the training"
+    highest = max(rates)
+    through = "" if highest in (rates[0], rates[-1]) else f"up to {highest:.3g}, then "
+    return f"{rates[0]:.3g} {through}to {rates[-1]:.3g}"
 
 
 def _memory(memory: MemoryFacts) -> str:

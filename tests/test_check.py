@@ -281,3 +281,14 @@ def test_a_run_is_checked_before_it_touches_an_earlier_one(tmp_path: Path, capfd
     assert "train.criterion.kwargs.sub_terms.vkd" in err
     assert err.count("\n") == 1
     assert files(tmp_path) == before
+
+
+def test_a_model_that_needs_a_gpu_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("this kernel takes CUDA tensors")
+
+    monkeypatch.setattr(type(digits_cnn()), "forward", forward)
+    facts = examine(VKD)
+    assert facts.problems == []
+    (warning,) = facts.warnings
+    assert "train: the rest of the step is not checked, it needs a GPU: this kernel takes CUDA tensors" in warning

@@ -149,9 +149,11 @@ def _table(argv: Sequence[str]) -> int:
     if options.slurm:
         print(slurm_script(table, options.device, options.trust), end="")
         return EXIT_DONE
-    if options.run:
-        run_missing(table, options.device, options.trust)
-    print_table(table, options.form)
+    try:
+        if options.run:
+            run_missing(table, options.device, options.trust)
+    finally:
+        print_table(table, options.form)  # of a night's work too, if a run of it failed
     return EXIT_DONE
 
 

@@ -24,7 +24,7 @@ from ..engine.meter import TermMeter
 from ..engine.precision import Precision
 from ..engine.sharding import parameters_of
 from ..errors import BadValue, ConfigError, UserError
-from ..models.weights import is_url
+from ..models.weights import first_line, is_url
 from ..random_state import generators_restored
 from ..tasks.classification import logits
 from .facts import DataFacts, Facts, FeatureFacts, GroupFacts, MemoryFacts, ModelFacts, StageFacts, TermFacts
@@ -41,6 +41,10 @@ class _NeedsContents(Exception):
     """The result of an operation depends on what is in a tensor."""
 
 
+class _NeedsGPU(Exception):
+    """An operation is not there for the CPU, on which a check runs."""
+
+
 def dry_run(experiment: Experiment, facts: Facts) -> None:
     """Adds to ``facts`` what a first step would show: sizes, gradients, and what is wrong.
 
@@ -53,6 +57,9 @@ def dry_run(experiment: Experiment, facts: Facts) -> None:
             attempt.run()
         except _NeedsContents:
             continue
+        except _NeedsGPU as error:
+            attempt.warn(f"the rest of the step is not checked, it needs a GPU: {first_line(error)}", "train")
+            break
         if real or not attempt.is_doubtful:
             break
     vars(facts).update(vars(attempt.facts))
@@ -86,6 +93,7 @@ class _Attempt:
                 _Stage(self, config, path, teacher, student).run()
                 if self.facts.problems:
                     return
+            self.batch(self.experiment.data["test"]["test_data_loader"], False, ("test", "test_data_loader"))
 
     @contextmanager
     def noting(self, *path: str | int) -> Iterator[None]:
@@ -100,7 +108,8 @@ class _Attempt:
                     raise _NeedsContents from error
                 except (UserError, BadValue):
                     raise
-                except Exception:
+                except Exception as error:
+                    _let_gpu_through(error)
                     self.is_doubtful = True
                     raise
         except ConfigError as error:
@@ -335,7 +344,8 @@ class _Stage:
             raise _NeedsContents from error
         except (UserError, BadValue):
             raise
-        except Exception:
+        except Exception as error:
+            _let_gpu_through(error)
             self.attempt.is_doubtful = True
             raise
 
@@ -535,6 +545,11 @@ def _hook_of(config: Mapping[str, Any], path: object) -> list[Any] | None:
             if isinstance(hooks, list) and path in hooks:
                 return hooks
     return None
+
+
+def _let_gpu_through(error: Exception) -> None:
+    if isinstance(error, RuntimeError | AssertionError) and "cuda" in str(error).lower():
+        raise _NeedsGPU(str(error)) from error
 
 
 def _said(value: object) -> str:

@@ -141,7 +141,12 @@ def side(wrapper: str) -> Section:
 
 
 PARAM_GROUP = Section(
-    {"lr": Number(low=0), "weight_decay": Number(low=0), "momentum": Number(low=0), "eps": Number(low=0)},
+    {
+        "lr": Number(low=0),
+        "weight_decay": Number(low=0),
+        "momentum": Number(low=0),
+        "eps": Either((Number(low=0), Items(Number(low=0, nullable=True)))),  # Adafactor has two
+    },
     open=True,
 )
 

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 from vkd_plugin.check import dry, examine, prove, standin
 from vkd_plugin.check.facts import Facts
-from vkd_plugin.check.fake import Contents, SavedBytes
+from vkd_plugin.check.fake import SavedBytes
 from vkd_plugin.check.page import curve
 from vkd_plugin.check.schedule import learning_rates, optimizer_state_factor
 from vkd_plugin.cli import main
@@ -177,7 +177,7 @@ def test_a_model_without_contents_gives_the_same_figures() -> None:
     experiment = load_experiment(VKD)
     figures = []
     for real in (False, True):
-        attempt = dry._Attempt(experiment, Contents(real), Facts("x"))
+        attempt = dry.Attempt(experiment, Facts("x"), real)
         attempt.run()
         (stage,) = attempt.facts.stages
         figures.append((attempt.facts.models, stage.terms, stage.groups, [f.shape[1:] for f in stage.features]))

@@ -1,0 +1,275 @@
+"""One stage of training, tried in a box of the engine."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..engine.box import EngineBox, build_box
+from ..engine.build import model_sections
+from ..engine.meter import TermMeter
+from ..engine.precision import Precision
+from ..engine.sharding import parameters_of
+from ..errors import BadValue, ConfigError
+from ..tasks.classification import logits
+from ..wrappers import ProjectedStudent
+from . import describe
+from .batches import grown, two_samples
+from .facts import StageFacts
+from .fake import Contents, SavedBytes
+from .noting import Notes
+from .places import place_in_stage
+from .schedule import learning_rates, schedule_problem
+from .standin import classes_of, length_of
+from .watched import Watched
+
+CPU = torch.device("cpu")
+_FEW = 4
+"""Samples of a batch with contents."""
+
+
+class Stage:
+    """See the module's docstring.
+
+    Args:
+        notes: what goes wrong.
+        contents: whether tensors have them.
+        config: the stage's section, complete; it is changed.
+        path: where it stands.
+        teacher, student: bare models; the teacher may be None.
+    """
+
+    def __init__(
+        self,
+        notes: Notes,
+        contents: Contents,
+        config: dict[str, Any],
+        path: tuple[str, ...],
+        teacher: nn.Module | None,
+        student: nn.Module,
+    ) -> None:
+        self.notes = notes
+        self.contents = contents
+        self.config = config
+        self.path = path
+        self.teacher = teacher
+        self.student = student
+        self.sides = ("teacher", "student") if teacher is not None else ("model",)
+        self.datasets: dict[str, Any] = notes.experiment.data["datasets"]
+        self.facts = StageFacts(path[1] if len(path) > 1 else None, int(config["num_epochs"]))
+
+    def run(self) -> None:
+        """Sets the stage up, takes a step, and notes what it comes to."""
+        facts = self.notes.facts
+        facts.stages.append(self.facts)
+        self._count_steps(self.config["train_data_loader"])
+        batch, validated = self._batch("train_data_loader"), self._batch("val_data_loader")
+        if batch is None or validated is None or facts.problems:
+            return
+        with self.contents():
+            box = self._box(batch[0][0])
+            if box is None or facts.problems:
+                return
+            try:
+                self._describe_optimizer(box)
+                self._step(box, grown(batch, self._batch_size))
+                if not facts.problems:
+                    self._evaluate(box, validated[0])
+            finally:
+                box.clean_modules()
+
+    def _batch(self, loader: str) -> Any:
+        training = loader == "train_data_loader"
+        return two_samples(self.datasets, self.config[loader], training, self.notes, *self.path, loader)
+
+    @property
+    def _batch_size(self) -> int:
+        size = self.facts.batch_size or 2
+        return min(size, _FEW) if self.contents.real else size
+
+    def _count_steps(self, loader: Mapping[str, Any]) -> None:
+        options = loader.get("kwargs") or {}
+        size = options.get("batch_size", 1)
+        if (loader.get("batch_sampler") or {}).get("kwargs"):
+            size = loader["batch_sampler"]["kwargs"].get("batch_size", size)
+        self.facts.batch_size = size if isinstance(size, int) else None
+        name = str(loader["dataset_id"])
+        length = length_of(self.datasets[name], name)
+        if length is not None and self.facts.batch_size:
+            whole, rest = divmod(length, self.facts.batch_size)
+            self.facts.steps_per_epoch = whole + bool(rest and not options.get("drop_last"))
+            if not self.facts.steps_per_epoch:
+                message = f"an epoch has no batch: {length} samples, batch_size {self.facts.batch_size}, drop_last"
+                self.notes.problem(message, *self.path, "train_data_loader", "kwargs", "batch_size")
+
+    # The box.
+
+    def _box(self, sample: Any) -> EngineBox | None:
+        """The box, without what of its hooks leads nowhere; None where something is wrong."""
+        while True:
+            try:
+                return self._built(sample)
+            except Exception as error:
+                with self.notes.collecting(*self.path, *place_in_stage(error, self.teacher is not None)):
+                    raise
+                hooks = _hooks_with(self.config, error.value) if isinstance(error, BadValue) else None
+                if hooks is None:
+                    return None
+                hooks.remove(error.value)  # so that the next is found as well
+
+    def _built(self, sample: Any) -> EngineBox:
+        loaders = [_Loader([(sample,)]), None]
+        return build_box(
+            lambda *_: loaders,
+            Precision(self.notes.experiment.data["train"].get("amp"), CPU),
+            TermMeter(),
+            {},
+            False,
+            self.teacher,
+            self.student,
+            self.datasets,
+            self.config,
+            CPU,
+            None,
+            False,
+            1,
+        )
+
+    def _describe_optimizer(self, box: EngineBox) -> None:
+        self.facts.optimizer = str(self.config["optimizer"]["key"])
+        self.facts.groups = describe.groups(box)
+        if not self.config.get("scheduler"):
+            return
+        self.facts.scheduler = str(self.config["scheduler"]["key"])
+        steps = describe.scheduler_steps(self.facts, self.config)
+        if steps is not None:
+            with self.notes.collecting(*self.path, "scheduler"):
+                if problem := schedule_problem(box.lr_scheduler, steps):
+                    raise ConfigError(problem)
+                self.facts.schedule = learning_rates(box.lr_scheduler, steps)
+
+    # The step.
+
+    def _step(self, box: EngineBox, batch: Any) -> None:
+        samples, targets, *rest = batch
+        watched = Watched.in_box(box, self.notes, self.path, self.sides)
+        models = [box.student] + ([box.teacher_model] if self.teacher is not None else [])
+        saved = SavedBytes(*models)
+        box.student.train()
+        loss: Any = None
+        with self.notes.collecting(*self.path, "criterion"), saved.counting():
+            loss = box.forward_process(samples, targets, rest[0] if rest else None)
+        self.facts.features = describe.features(box, watched)
+        self.facts.terms = describe.terms(watched, self.config["criterion"])
+        if self.notes.facts.problems:
+            return
+        self._check_gradients(box, watched, loss)
+        self._check_hooks(box, watched)
+        activations = round(saved.total * (self.facts.batch_size or len(samples)) / self._batch_size)
+        self.facts.memory = describe.memory(box, self.config["optimizer"], activations, *models)
+
+    def _check_gradients(self, box: EngineBox, watched: Watched, loss: Any) -> None:
+        """That each term trains something, and that all that the optimizer trains is trained by something."""
+        path = (*self.path, "criterion")
+        for name, value in watched.values.items():
+            if not value.requires_grad and watched.weight(name) != 0:
+                message = "the term sends no gradient to anything that trains"
+                self.notes.problem(message, *path, "kwargs", "sub_terms", name)
+        if self.notes.facts.problems:
+            return
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            self.notes.problem("the loss sends no gradient to anything", *path)
+            return
+        names = {id(p): name for name, p in box.student.named_parameters()}
+        if self.teacher is not None:
+            names |= {id(p): f"{name} (teacher)" for name, p in box.teacher_model.named_parameters()}
+        trained = [p for p in parameters_of(box.optimizer) if p.requires_grad]
+        with self.notes.collecting(*path):
+            gradients = torch.autograd.grad(loss.mean(), trained, allow_unused=True)
+            idle = [names.get(id(p), "?") for p, g in zip(trained, gradients, strict=True) if g is None]
+            if idle:
+                modules = _common_modules(idle, set(names.values()))
+                shown = ", ".join(f"'{module}'" for module in modules[:5]) + (", ..." if len(modules) > 5 else "")
+                message = f"the loss sends no gradient to {shown}: use it in a term, or name it under frozen_modules"
+                self.notes.problem(message, *self.path, self.sides[-1])
+
+    def _check_hooks(self, box: EngineBox, watched: Watched) -> None:
+        """That what is hooked is read; a wrapper of torchdistill's may read it too, where that cannot be seen."""
+        if not isinstance(box.wrapper, ProjectedStudent | None):
+            return
+        for side in self.sides:
+            if side == "teacher" and (self.config[side].get("auxiliary_model_wrapper") or {}):
+                continue
+            for path in watched.unread("student" if side == "model" else side):
+                for io, hooks in (self.config[side].get("forward_hook") or {}).items():
+                    if path in hooks:
+                        message = f"'{path}' is hooked and no term of the loss reads it"
+                        self.notes.warn(message, *self.path, side, "forward_hook", io, hooks.index(path))
+
+    def _evaluate(self, box: EngineBox, samples: Any) -> None:
+        """That the bare models can be evaluated, what a sample costs, and that there is an output for each class."""
+        teacher, student = model_sections(self.notes.experiment)
+        models = {student: box.bare_student} | ({teacher: self.teacher} if teacher and self.teacher else {})
+        for section, model in models.items():
+            with (
+                self.notes.collecting("models", section),
+                _evaluating(model),
+                FlopCounterMode(display=False) as flops,
+            ):
+                outputs = model(samples)
+                if section == student:
+                    self._check_classes(logits(outputs).shape[1], section)
+                facts = next(facts for facts in self.notes.facts.models if facts.role == section)
+                facts.flops = flops.get_total_flops() // len(samples)
+
+    def _check_classes(self, outputs: int, section: str) -> None:
+        name = str(self.config["train_data_loader"]["dataset_id"])
+        classes = classes_of(self.datasets[name])
+        if classes is not None and classes > outputs:
+            message = f"{outputs} outputs for the {classes} classes of data set '{name}'"
+            self.notes.problem(message, "models", section, "kwargs")
+
+
+class _Loader:
+    """What a wrapper asks a data loader for: a data set with a first sample."""
+
+    def __init__(self, dataset: Sequence[Any]) -> None:
+        self.dataset = dataset
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _hooks_with(config: Mapping[str, Any], path: object) -> list[Any] | None:
+    """The list of hooks that ``path`` stands in."""
+    for side in ("teacher", "student", "model"):
+        for hooks in ((config.get(side) or {}).get("forward_hook") or {}).values():
+            if isinstance(hooks, list) and path in hooks:
+                return hooks
+    return None
+
+
+def _common_modules(idle: list[str], everything: set[str]) -> list[str]:
+    """The fewest modules that hold all of ``idle`` and nothing else of ``everything``."""
+    rest = everything - set(idle)
+    found: dict[str, None] = {}
+    for name in idle:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            module = ".".join(parts[:end])
+            if not any(other == module or other.startswith(f"{module}.") for other in rest):
+                found.setdefault(module)
+                break
+    return list(found)

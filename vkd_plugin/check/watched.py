@@ -1,0 +1,108 @@
+"""A box that is watched while it takes a step: what its loss reads, and what each term comes to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdistill.losses.high_level import AbstractLoss
+
+from ..engine.box import EngineBox
+from ..errors import ConfigError
+from .noting import Notes
+
+
+class Watched(nn.Module):
+    """A criterion whose terms are tried one by one: what fails is noted at its place, and the others go on.
+
+    Args:
+        inner: the criterion.
+        notes: what goes wrong.
+        path: where its section stands.
+
+    Attributes:
+        values: name of a term -> its value; those that failed are left out.
+        io: ``{'student': ..., 'teacher': ...}``, what was hooked.
+    """
+
+    def __init__(self, inner: nn.Module, notes: Notes, path: tuple[str, ...]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.values: dict[str, Tensor] = {}
+        self.io: dict[str, _Reads] = {}
+        self._notes = notes
+        self._path = path
+        if isinstance(inner, AbstractLoss):
+            inner.term_dict = {name: (_Term(self, name, term), w) for name, (term, w) in inner.term_dict.items()}
+
+    @classmethod
+    def in_box(cls, box: EngineBox, notes: Notes, path: tuple[str, ...], sides: tuple[str, ...]) -> "Watched":
+        """Puts a watched criterion into a box, and has what fails in a model blamed on that model."""
+        for side in sides:
+            forward = getattr(box, f"{side}_forward_proc")
+
+            def blamed(*args: Any, _forward: Any = forward, _side: str = side, **kwargs: Any) -> Any:
+                with notes.blaming(*path, _side):
+                    return _forward(*args, **kwargs)
+
+            setattr(box, f"{side}_forward_proc", blamed)
+        box.criterion = cls(box.criterion, notes, (*path, "criterion"))
+        return box.criterion
+
+    def forward(self, io_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """The criterion's value."""
+        self.io = {side: _Reads(hooked) for side, hooked in io_dict.items()}
+        return self.inner(self.io, *args, **kwargs)
+
+    def term(self, name: str, term: nn.Module, *args: Any) -> Any:
+        """The value of a term; zero, and a note, where it has none."""
+        with self._notes.collecting(*self._path, "kwargs", "sub_terms", name):
+            value = term(*args)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ConfigError(f"the term should be one number, got {found}")
+            self.values[name] = value
+            return value
+        return torch.zeros(())
+
+    def weight(self, name: str) -> float:
+        """Of a term."""
+        return float(self.inner.term_dict[name][1]) if isinstance(self.inner, AbstractLoss) else 1.0
+
+    def unread(self, side: str) -> list[str]:
+        """Paths that are hooked and that no term has read."""
+        hooked = self.io.get(side, _Reads({}))
+        return [] if hooked.all_read else [path for path in hooked if path not in hooked.read]
+
+
+class _Term(nn.Module):
+    def __init__(self, watched: Watched, name: str, term: nn.Module) -> None:
+        super().__init__()
+        self.term = term
+        self._of = (watched,)  # in a tuple, as a module's module would be registered
+        self._name = name
+
+    def forward(self, *args: Any) -> Any:
+        """The term's value, or zero."""
+        return self._of[0].term(self._name, self.term, *args)
+
+
+class _Reads(dict[str, Any]):
+    """A dictionary of what was hooked, which knows what was asked for."""
+
+    def __init__(self, hooked: Mapping[str, Any]) -> None:
+        super().__init__(hooked)
+        self.read: set[str] = set()
+        self.all_read = False
+
+    def __getitem__(self, path: str) -> Any:
+        self.read.add(path)
+        return super().__getitem__(path)
+
+    def get(self, path: str, default: Any = None) -> Any:
+        self.read.add(path)
+        return super().get(path, default)
+
+    def values(self) -> Any:
+        self.all_read = True
+        return super().values()

@@ -292,3 +292,25 @@ def test_a_model_that_needs_a_gpu_is_not_refused(monkeypatch: pytest.MonkeyPatch
     assert facts.problems == []
     (warning,) = facts.warnings
     assert "train: the rest of the step is not checked, it needs a GPU: this kernel takes CUDA tensors" in warning
+
+
+def test_what_the_loss_does_not_reach_is_named_by_its_module(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    text = VKD.read_text()
+    terms = text[text.index("        ce:\n") : text.index("        vkd:\n")]
+    file.write_text(text.replace(terms, ""))
+    line = text[: text.index("  student:\n    forward_proc")].count("\n") + 1
+    (problem,) = examine(file).problems
+    assert str(problem) == (
+        f"{file}:{line}:3: train.student: the loss sends no gradient to 'model.head': "
+        "use it in a term, or name it under frozen_modules"
+    )
+
+
+def test_a_hook_that_nothing_reads_is_a_warning() -> None:
+    facts = examine(VKD, ["train.student.forward_hook.output=[features.tokens, model.head]"])
+    assert facts.problems == []
+    (warning,) = facts.warnings
+    assert warning.endswith(
+        "train.student.forward_hook.output.1: 'model.head' is hooked and no term of the loss reads it"
+    )

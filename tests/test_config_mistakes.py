@@ -544,6 +544,7 @@ def test_a_url_is_a_checkpoint() -> None:
             b"hello",
             "x.yaml:1:1: expected a mapping with the sections datasets, models, train and test, got 'hello'",
         ),
+        (b"title: t\nrows: []\n", "x.yaml: this is a table, not an experiment: run.py table prints it"),
         (b"a: \xff\n", "x.yaml: not a UTF-8 text file (byte 3)"),
         (b"a: 1\nb: \x07\n", "x.yaml:2:4: unprintable character #x0007"),
         (b"a: 1\n---\nb: 1\n", "x.yaml:2:1: but found another document"),

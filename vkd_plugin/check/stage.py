@@ -185,7 +185,7 @@ class Stage:
             return
         names = {id(p): name for name, p in box.student.named_parameters()}
         if self.teacher is not None:
-            names |= {id(p): f"{name} (teacher)" for name, p in box.teacher_model.named_parameters()}
+            names |= {id(p): f"teacher.{name}" for name, p in box.teacher_model.named_parameters()}
         trained = [p for p in parameters_of(box.optimizer) if p.requires_grad]
         with self.notes.collecting(*path):
             gradients = torch.autograd.grad(loss.mean(), trained, allow_unused=True)

@@ -110,6 +110,8 @@ def resolve(
             not to be trusted.
     """
     root = read(path)
+    if {"title", "rows"} <= entries(root).keys():
+        raise ConfigErrors([ConfigError("this is a table, not an experiment: run.py table prints it", str(path))])
     problems = Problems()
     check_graph(root, problems)
     problems.raise_if_any()

@@ -1,6 +1,5 @@
 """What the folders of runs hold, finished or not, read without building or executing anything of theirs."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from ..engine.records import read_metrics
 from ..errors import UserError
 from ..suggest import nearest
 from ..tasks.classification import Classification
+from .summary import read_summary
 
 _SEARCHED = 2000
 """Folders that are looked at for one whose name is near."""
@@ -84,13 +84,7 @@ class Run:
             self.summary = {key: state[key] for key in ("seed", "versions", "resumed") if key in state}
             self.summary["wall_seconds"] = state.get("seconds")
             return
-        try:
-            summary = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: not a run's summary: {error}") from None
-        if not isinstance(summary, dict):
-            raise UserError(f"{file}: not a run's summary: no mapping")
-        self.summary = summary
+        self.summary = read_summary(file)
 
     def _read_config(self) -> None:
         file = self.path / "config.yaml"

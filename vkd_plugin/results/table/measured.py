@@ -6,9 +6,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from vkd_plugin.errors import ConfigError, UserError
+from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
 
+from ..summary import read_summary
 from .data import Column, Figure, Row, Run, Table
 
 _PLACE_OF_STUDENT = re.compile(r"\s*models\.\w+\.dst_ckpt\s*=")
@@ -85,12 +86,7 @@ def summary(run: Run) -> dict[str, Any] | None:
     file = run.folder / "summary.json"
     if not file.is_file():
         return None
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a run's summary: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: not a run's summary: no mapping")
+    found = read_summary(file)
     recorded = found.get("overrides", [*run.overrides])
     ran = (found.get("config", run.config), _deciding(recorded if isinstance(recorded, list) else [recorded]))
     return found if ran == (run.config, _deciding([*run.overrides])) else None

@@ -314,3 +314,10 @@ def test_a_hook_that_nothing_reads_is_a_warning() -> None:
     assert warning.endswith(
         "train.student.forward_hook.output.1: 'model.head' is hooked and no term of the loss reads it"
     )
+
+
+def test_what_fails_in_a_model_names_the_module() -> None:
+    projector = "train.student.auxiliary_model_wrapper.kwargs.features.tokens.projector"
+    (problem,) = examine(VKD, [f"{projector}.in_features=100", f"{projector}.out_features=128"]).problems
+    assert str(problem).endswith("(4x48 and 100x128) (in module 'features.tokens.projector')")
+    assert "train.student: RuntimeError" in str(problem)

@@ -64,9 +64,11 @@ class Attempt:
         train: dict[str, Any] = self.experiment.data["train"]
         self.facts.extras = [f"{name}: {_said(train[name])}" for name in ENGINE if train.get(name)]
         with offline(), generators_restored(), ExitStack() as stack:
-            host = logging.getLogger("torchdistill")
-            stack.callback(host.setLevel, host.level)
-            host.setLevel(logging.ERROR)
+            # What they say of a step is said once it is taken; torch's prints a stack for shapes that do not fit.
+            for name in ("torchdistill", "torch._subclasses.fake_tensor"):
+                logger = logging.getLogger(name)
+                stack.callback(logger.setLevel, logger.level)
+                logger.setLevel(logging.CRITICAL)
             teacher, student = self._models()
             self._datasets()
             if student is None or self.facts.problems:
@@ -86,7 +88,7 @@ class Attempt:
         for section in model_sections(self.experiment):
             model: nn.Module | None = None
             if section is not None:
-                with self.notes.collecting("models", section):
+                with self.notes.collecting("models", section, "kwargs"):
                     model = self._model(section)
             built.append(model)
         return built[0], built[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..config import Experiment
 from ..engine.build import blame
@@ -16,6 +17,15 @@ class NeedsContents(Exception):
 
 class NeedsGPU(Exception):
     """An operation is not there for the CPU, on which a check runs."""
+
+
+def leaves(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """``(path, value)`` of all that is neither a mapping nor a list in ``data``, which stands at ``path``."""
+    if isinstance(data, dict | list):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, data
 
 
 class Notes:
@@ -45,7 +55,7 @@ class Notes:
         except ConfigError as error:
             self.facts.problems.append(error)
         except UserError as error:
-            self.problem(str(error), *path)
+            self.problem(str(error), *self._repeated(str(error), path))
 
     @contextmanager
     def blaming(self, *path: str | int) -> Iterator[None]:
@@ -67,7 +77,19 @@ class Notes:
                 if isinstance(error, RuntimeError | AssertionError) and "cuda" in str(error).lower():
                     raise NeedsGPU(str(error)) from error
                 self.is_doubtful = True
+                if isinstance(error, AssertionError):  # so libraries check their arguments
+                    raise ValueError(str(error)) from error
                 raise
+
+    def _repeated(self, message: str, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        """Where the text stands below ``path`` that ``message`` repeats, such as a file's name; else ``path``."""
+        data: Any = self.experiment.data
+        for part in path:
+            data = data[part] if isinstance(data, dict | list) else None
+        found = [
+            at for at, value in leaves(data, path) if isinstance(value, str) and len(value) > 2 and value in message
+        ]
+        return found[0] if found else path
 
     def problem(self, message: str, *path: str | int) -> None:
         """Notes ``message`` at ``path``."""

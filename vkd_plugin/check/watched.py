@@ -1,14 +1,18 @@
 """A box that is watched while it takes a step: what its loss reads, and what each term comes to."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torchdistill.losses.high_level import AbstractLoss
 
 from ..engine.box import EngineBox
-from ..errors import ConfigError
+from ..errors import BadValue, ConfigError
+from ..suggest import nearest
+from .fake import NEEDS_CONTENTS
 from .noting import Notes
 
 
@@ -41,8 +45,12 @@ class Watched(nn.Module):
         for side in sides:
             forward = getattr(box, f"{side}_forward_proc")
 
-            def blamed(*args: Any, _forward: Any = forward, _side: str = side, **kwargs: Any) -> Any:
-                with notes.blaming(*path, _side):
+            model = side if side == "model" else f"{side}_model"
+
+            def blamed(
+                *args: Any, _forward: Any = forward, _side: str = side, _model: str = model, **kwargs: Any
+            ) -> Any:
+                with notes.blaming(*path, _side), naming_the_module(getattr(box, _model)):
                     return _forward(*args, **kwargs)
 
             setattr(box, f"{side}_forward_proc", blamed)
@@ -51,7 +59,7 @@ class Watched(nn.Module):
 
     def forward(self, io_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """The criterion's value."""
-        self.io = {side: _Reads(hooked) for side, hooked in io_dict.items()}
+        self.io = {side: _Reads(side, hooked) for side, hooked in io_dict.items()}
         return self.inner(self.io, *args, **kwargs)
 
     def term(self, name: str, term: nn.Module, *args: Any) -> Any:
@@ -71,7 +79,7 @@ class Watched(nn.Module):
 
     def unread(self, side: str) -> list[str]:
         """Paths that are hooked and that no term has read."""
-        hooked = self.io.get(side, _Reads({}))
+        hooked = self.io.get(side, _Reads(side, {}))
         return [] if hooked.all_read else [path for path in hooked if path not in hooked.read]
 
 
@@ -87,17 +95,47 @@ class _Term(nn.Module):
         return self._of[0].term(self._name, self.term, *args)
 
 
+@contextmanager
+def naming_the_module(model: nn.Module) -> Iterator[None]:
+    """Has what a module of ``model`` raises say which module it was."""
+    running: list[nn.Module] = []
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    handles = [
+        register_module_forward_pre_hook(lambda module, args: running.append(module)),
+        register_module_forward_hook(leave),
+    ]
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        names = {module: name for name, module in model.named_modules()}
+        innermost = next((names[module] for module in reversed(running) if names.get(module)), None)
+        if innermost is not None and not isinstance(error, (*NEEDS_CONTENTS, BadValue)) and len(error.args) == 1:
+            error.args = (f"{error} (in module '{innermost}')",)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Reads(dict[str, Any]):
     """A dictionary of what was hooked, which knows what was asked for."""
 
-    def __init__(self, hooked: Mapping[str, Any]) -> None:
-        super().__init__(hooked)
+    def __init__(self, side: str, hooked: Mapping[str, Any]) -> None:
+        super().__init__({path: _Hooked(side, path, io) for path, io in hooked.items()})
+        self.side = side
         self.read: set[str] = set()
         self.all_read = False
 
     def __getitem__(self, path: str) -> Any:
         self.read.add(path)
         return super().__getitem__(path)
+
+    def __missing__(self, path: str) -> Any:
+        own = [other for other in self if other != "."]
+        raise ConfigError(f"the loss reads module '{path}' of the {self.side}, which is not hooked{nearest(path, own)}")
 
     def get(self, path: str, default: Any = None) -> Any:
         self.read.add(path)
@@ -106,3 +144,19 @@ class _Reads(dict[str, Any]):
     def values(self) -> Any:
         self.all_read = True
         return super().values()
+
+
+class _Hooked(dict[str, Any]):
+    """The input and output of a module, those that are hooked."""
+
+    def __init__(self, side: str, path: str, io: Mapping[str, Any]) -> None:
+        super().__init__(io)
+        self.side = side
+        self.path = path
+
+    def __missing__(self, io: str) -> Any:
+        only = " and ".join(self) or "nothing"
+        raise ConfigError(
+            f"the loss reads the {io} of module '{self.path}' of the {self.side}, of which {only} is hooked: "
+            f"list it under forward_hook: {io}"
+        )

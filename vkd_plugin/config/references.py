@@ -21,6 +21,7 @@ from torchdistill.losses import registry as losses
 from torchdistill.models import registry as models
 from torchdistill.optim import registry as optim
 from torchdistill.optim import scheduler as _scheduler  # noqa: F401  registers schedulers
+from torchvision.models import get_model_weights
 
 from vkd_plugin.config.construct import find, one_line, target_name
 from vkd_plugin.config.nodes import OPAQUE, Entries, entries, is_active, is_null, is_private, plain_value
@@ -28,9 +29,10 @@ from vkd_plugin.config.problems import KeyPath, Problems
 from vkd_plugin.config.signatures import keywords
 from vkd_plugin.config.source import entry_place
 from vkd_plugin.config.spec import Section, Text
-from vkd_plugin.config.structure import Found
+from vkd_plugin.config.structure import Found, fits, mismatch
 from vkd_plugin.config.tags import dependencies
 from vkd_plugin.config.trust import Trust
+from vkd_plugin.projectors import PROJECTORS
 from vkd_plugin.suggest import closest, nearest
 
 Registry = Mapping[str, Any]
@@ -125,6 +127,10 @@ def _check_component(found: Found, component: str, problems: Problems) -> None:
         _check_loader(found, present, problems)
     elif component == "sampler":
         _check_sampler(found, present, problems)
+    elif component == "projector":
+        _check_projector(found, present, problems)
+    elif component == "term":
+        _check_term(found, present, problems)
     else:
         kind = _model_kind(present) if component == "model" else COMPONENTS[component]
         key = plain_value(present["key"][1]) if "key" in present else None
@@ -133,6 +139,8 @@ def _check_component(found: Found, component: str, problems: Problems) -> None:
         for registry in kind.registries:
             if key in registry:
                 _check_kind(found, registry[key], key, kind, problems)
+                if component == "model":
+                    _check_weights(found, registry[key], key, problems)
                 return
         message = f"no {component} '{key}'{nearest(key, chain(*kind.registries))}"
         problems.add(message, entry_place(*present["key"]), (*found.path, "key"))
@@ -143,6 +151,38 @@ def _check_loader(found: Found, present: Entries, problems: Problems) -> None:
     if "batch_sampler" in present and not is_null(present["batch_sampler"][1]):
         supplied |= {"batch_size", "drop_last"}
     _check_kind(found, DataLoader, "DataLoader", Kind((), supplied=frozenset(supplied)), problems)
+    kwargs = present["kwargs"][1]
+    given = entries(kwargs) if isinstance(kwargs, yaml.MappingNode) else {}
+    if "num_workers" in given and plain_value(given["num_workers"][1]) != 0:
+        return
+    for name in ("persistent_workers", "prefetch_factor", "timeout"):
+        if name in given and plain_value(given[name][1]):
+            problems.add(f"{name} needs num_workers of at least 1", entry_place(*given[name]), (*found.path, "kwargs"))
+
+
+def _check_term(found: Found, present: Entries, problems: Problems) -> None:
+    """A loss of two tensors has a wrapper that gives them to it; without, it is called with all that is hooked."""
+    criterion = present["criterion"][1]
+    key = plain_value(entries(criterion)["key"][1]) if isinstance(criterion, yaml.MappingNode) else None
+    wrapped = "criterion_wrapper" in present and not is_null(present["criterion_wrapper"][1])
+    if wrapped or is_active(criterion) or not isinstance(key, str) or key in losses.MIDDLE_LEVEL_LOSS_DICT:
+        return
+    loss = losses.LOSS_DICT.get(key) or losses.LOW_LEVEL_LOSS_DICT.get(key)
+    if loss is not None and len(keywords(getattr(loss, "forward", loss)).positional) == 3:  # self and two tensors
+        message = f"{key} reads tensors: give the term a criterion_wrapper (SimpleLossWrapper, FeaturePair)"
+        problems.add(message, found.where, found.path)
+
+
+def _check_projector(found: Found, present: Entries, problems: Problems) -> None:
+    """Its arguments stand beside ``key``; sizes that are left out are inferred."""
+    key = plain_value(present["key"][1]) if "key" in present else next(iter(PROJECTORS))
+    if key not in PROJECTORS:
+        return  # a tag's, which is known only after construction
+    takes = keywords(PROJECTORS[key])
+    for name, (key_node, value) in present.items():
+        if name != "key" and not is_private(name) and name not in takes.names:
+            message = f"{key} takes no argument '{name}'{nearest(name, takes.names)}"
+            problems.add(message, entry_place(key_node, value), found.path)
 
 
 def _check_sampler(found: Found, present: Entries, problems: Problems) -> None:
@@ -163,6 +203,23 @@ def _model_kind(present: Entries) -> Kind | None:
     official = torchvision.models.quantization if quantized else torchvision.models
     tasks = (official, torchvision.models.detection, torchvision.models.segmentation)
     return Kind((*(_callables(module) for module in tasks), models.MODEL_DICT))
+
+
+def _check_weights(found: Found, model: Callable[..., Any], key: str, problems: Problems) -> None:
+    """Published weights of torchvision's models are named right."""
+    assert isinstance(found.node, yaml.MappingNode)
+    kwargs = entries(found.node)["kwargs"][1]
+    given = entries(kwargs).get("weights") if isinstance(kwargs, yaml.MappingNode) else None
+    name = plain_value(given[1]) if given is not None else None
+    if given is None or not isinstance(name, str) or not model.__module__.startswith("torchvision."):
+        return
+    try:
+        published = get_model_weights(model)
+    except ValueError:  # none
+        return
+    if name.removeprefix(f"{published.__name__}.") not in published.__members__:
+        message = f"{key} has no weights '{name}'{nearest(name, published.__members__)}"
+        problems.add(message, entry_place(*given), (*found.path, "kwargs", "weights"))
 
 
 def _callables(module: Any) -> Registry:
@@ -208,9 +265,13 @@ def check_arguments(
         return
     count = kind.positional + (len(args.value) if isinstance(args, yaml.SequenceNode) else 0)
     takes = keywords(target).without(count, kind.supplied)
+    unknown = []
     for name, (key_node, value) in given.items():
         if is_private(name) or isinstance(name, yaml.Node):
             continue
+        spec = takes.specs.get(str(name))
+        if spec is not None and isinstance(value, yaml.ScalarNode) and not is_null(value) and not fits(spec, value):
+            problems.add(mismatch(spec, value), entry_place(key_node, value), (*path, name))
         if name in kind.supplied:
             problems.add(f"'{name}' may not stand here: {key} is given it already", entry_place(key_node, value), path)
         elif name not in takes.names and not takes.open:
@@ -220,8 +281,10 @@ def check_arguments(
                 continue
             message = f"{key} takes no argument '{name}'{nearest(name, takes.names)}"
             problems.add(message, entry_place(key_node, value), path)
+            unknown.append(name)
     for name in takes.names:
-        if name in takes.required and name not in given:
+        # A misspelt argument has been reported, with the name that is now missing.
+        if name in takes.required and name not in given and not any(closest(wrong, [name]) for wrong in unknown):
             problems.add(f"{key} needs the argument '{name}'", where, path)
 
 

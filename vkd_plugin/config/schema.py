@@ -10,6 +10,7 @@ import yaml
 
 from vkd_plugin.config.nodes import Entries, entries, is_null
 from vkd_plugin.config.spec import Anything, Either, Flag, Function, Items, Named, Number, Section, Spec, Text
+from vkd_plugin.suggest import closest
 
 # --- torchdistill's tags ------------------------------------------------------------------------------------
 
@@ -145,6 +146,7 @@ PARAM_GROUP = Section(
         "lr": Number(low=0),
         "weight_decay": Number(low=0),
         "momentum": Number(low=0),
+        "betas": Items(Number(low=0, high=1)),
         "eps": Either((Number(low=0), Items(Number(low=0, nullable=True)))),  # Adafactor has two
     },
     open=True,
@@ -184,6 +186,7 @@ SUB_TERM = Section(
         "weight": Number(),
     },
     ("criterion", "weight"),
+    component="term",
 )
 CRITERION = component(
     "criterion",
@@ -252,8 +255,11 @@ def train(names: set[object], has_teacher: bool) -> Section:
     common: dict[str, Spec] = {"log_freq": COUNT, **ENGINE}
     one = stage(has_teacher, first=True)
     if "stage1" not in names:
-        unread = dict.fromkeys(_stages(names), "the first stage is called 'stage1'")
-        return Section({**one.keys, **common}, one.required, elsewhere={**one.elsewhere, **unread})
+        # One mistake, said once: the other stages are let through, and what would be needed without stages is not.
+        first, *others = sorted(_stages(names)) or [""]
+        unread = {first: "the first stage is called 'stage1'"} if first else {}
+        keys = {**one.keys, **common, **dict.fromkeys(others, Anything())}
+        return Section(keys, () if first else one.required, elsewhere={**one.elsewhere, **unread})
     count = 1
     while f"stage{count + 1}" in names:
         count += 1
@@ -273,7 +279,8 @@ def experiment(root: yaml.MappingNode) -> Section:
     """The tables for this file."""
     top = entries(root)
     models = _section(top, "models")
-    has_teacher = "teacher_model" in models and not is_null(models["teacher_model"][1])
+    teacher = next((name for name in models if name == "teacher_model" or _is_misspelt_teacher(name)), None)
+    has_teacher = teacher is not None and not is_null(models[teacher][1])
     student = "model" if "model" in models and "student_model" not in models else "student_model"
     unread = {"model": "models.student_model is taken"} if student == "student_model" else {}
     return Section(
@@ -290,6 +297,12 @@ def experiment(root: yaml.MappingNode) -> Section:
         },
         ("datasets", "models", "train", "test"),
     )
+
+
+def _is_misspelt_teacher(name: object) -> bool:
+    """So that what stands under ``train`` is read as the user meant it."""
+    known = ("teacher_model", "student_model", "model")
+    return name not in known and closest(name, known) == "teacher_model"
 
 
 def _section(top: Entries, section: str) -> Entries:

@@ -8,11 +8,18 @@ looked up by name, or is dropped, the keywords are known after all.
 import ast
 import inspect
 import textwrap
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from vkd_plugin.config.spec import Flag, Number, Spec, Text
+
+_SPECS: dict[object, Spec] = {int: Number(whole=True), float: Number(), bool: Flag(), str: Text()}
+_NAMED = {"int": int, "float": float, "bool": bool, "str": str, "None": None}
 
 
 @dataclass
@@ -25,6 +32,7 @@ class Keywords:
         open: whether others may be read too.
         positional: names of the leading parameters that can be given without a keyword.
         drops: whether others are taken and dropped, where the set is not open; else they are a TypeError.
+        specs: what those with a plain annotation (``int``, ``float | None``) take.
     """
 
     names: list[str] = field(default_factory=list)
@@ -32,18 +40,20 @@ class Keywords:
     open: bool = False
     positional: list[str] = field(default_factory=list)
     drops: bool = False
+    specs: dict[str, Spec] = field(default_factory=dict)
 
     def without(self, count: int, supplied: frozenset[str]) -> "Keywords":
         """What is left to give after ``count`` positional arguments and those ``supplied`` by name."""
         gone = {*self.positional[:count], *supplied}
         names = [name for name in self.names if name not in gone]
-        return Keywords(names, self.required - gone, self.open, self.positional[count:], self.drops)
+        specs = {name: spec for name, spec in self.specs.items() if name not in gone}
+        return Keywords(names, self.required - gone, self.open, self.positional[count:], self.drops, specs)
 
 
 def keywords(target: Callable[..., Any]) -> Keywords:
     """The keyword arguments of ``target``; open where its signature cannot be read."""
     try:
-        parameters = list(inspect.signature(target).parameters.values())
+        parameters = _parameters(target)
     except (TypeError, ValueError):
         return Keywords(open=True)
     found = _declared(parameters)
@@ -60,6 +70,28 @@ def keywords(target: Callable[..., Any]) -> Keywords:
     return _joined(found, rest)
 
 
+def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of ``target``, annotations that are text evaluated where they can be."""
+    try:
+        signature = inspect.signature(target, eval_str=True)
+    except (TypeError, ValueError):
+        raise
+    except Exception:  # a name that is imported for type checkers alone
+        signature = inspect.signature(target)
+    return list(signature.parameters.values())
+
+
+def _spec(annotation: object) -> Spec | None:
+    """What an annotation of plain types asks for; None for any other."""
+    options: tuple[object, ...] = (annotation,)
+    if isinstance(annotation, str):
+        options = tuple(_NAMED.get(part.strip(), annotation) for part in annotation.split("|"))
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        options = typing.get_args(annotation)
+    kinds = [option for option in options if option not in (None, types.NoneType)]
+    return _SPECS.get(kinds[0]) if len(kinds) == 1 and isinstance(kinds[0], type) else None
+
+
 def _declared(parameters: list[inspect.Parameter]) -> Keywords:
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return Keywords(
@@ -67,13 +99,15 @@ def _declared(parameters: list[inspect.Parameter]) -> Keywords:
         required={p.name for p in named if p.default is p.empty},
         open=any(p.kind is p.VAR_KEYWORD for p in parameters),
         positional=[p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)],
+        specs={p.name: spec for p in named if (spec := _spec(p.annotation)) is not None},
     )
 
 
 def _joined(found: Keywords, rest: Keywords) -> Keywords:
     """``found``, its ``**kwargs`` resolved to ``rest``."""
     names = [*found.names, *(name for name in rest.names if name not in found.names)]
-    return Keywords(names, found.required | rest.required, rest.open, found.positional, rest.drops)
+    required = found.required | rest.required
+    return Keywords(names, required, rest.open, found.positional, rest.drops, rest.specs | found.specs)
 
 
 def _from_init(cls: type, start: int) -> Keywords:
@@ -85,7 +119,7 @@ def _from_init(cls: type, start: int) -> Keywords:
             init = base.__dict__["__init__"]
             if not inspect.isfunction(init):
                 return Keywords(open=True)
-            found = _declared(list(inspect.signature(init).parameters.values())[1:])
+            found = _declared(_parameters(init)[1:])
             return _joined(found, _from_kwargs(init, cls, place)) if found.open else found
     return Keywords()
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
+from vkd_plugin.config.nested import with_arguments
 from vkd_plugin.config.nodes import (
     OPAQUE,
     TEXT_TAGS,
+    Entries,
     describe,
     entries,
     is_active,
@@ -17,14 +19,15 @@ from vkd_plugin.config.nodes import (
     is_private,
     plain_value,
 )
-from vkd_plugin.config.problems import KeyPath, Problems
+from vkd_plugin.config.problems import KeyPath, Problems, dotted
 from vkd_plugin.config.schema import TAGS
 from vkd_plugin.config.source import STR_TAG, entry_place, place
 from vkd_plugin.config.spec import Anything, Either, Flag, Function, Items, Named, Number, Section, Spec, Text
-from vkd_plugin.suggest import nearest
+from vkd_plugin.suggest import closest, nearest
 
 # YAML 1.1 as PyYAML has it: without a dot and a signed exponent it is a string.
 _EXPONENT = re.compile(r"([-+]?[0-9][0-9_]*)(\.[0-9_]*)?[eE]([-+]?)([0-9]+)$")
+_LEFT_OPEN = re.compile(r"<[^<>]+>$")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ class Found:
 
 def check_structure(root: yaml.MappingNode, spec: Section, problems: Problems) -> list[Found]:
     """Adds to ``problems`` all that does not fit ``spec``; returns what has to be looked up in registries."""
-    checker = _Checker(problems)
+    checker = _Checker(spec, problems)
     checker.visit(root, spec, (), place(root.start_mark))
+    checker.say_missing()
     return checker.found
 
 
@@ -88,10 +92,49 @@ def _same_kind(spec: Spec, node: yaml.Node) -> bool:
     return _fits(spec, plain_value(node))
 
 
+def is_left_open(value: object) -> bool:
+    """Whether a value is a place to fill in, as in what ``run.py list`` prints: ``<int>``."""
+    return isinstance(value, str) and _LEFT_OPEN.match(value) is not None
+
+
+def fits(spec: Spec, node: yaml.Node) -> bool:
+    """Whether a scalar is, or may turn out to be, what ``spec`` asks for."""
+    return _fits(spec, plain_value(node))
+
+
+def mismatch(spec: Spec, node: yaml.Node) -> str:
+    """The message about a value that is not what ``spec`` asks for."""
+    hint = ""
+    value = plain_value(node)
+    choices = [choice for option in _options(spec) if isinstance(option, Text) for choice in option.choices]
+    if isinstance(value, str) and isinstance(spec, Number):
+        hint = number_hint(value)
+    elif isinstance(value, str) and (near := closest(value, choices)):
+        hint = f" (did you mean '{near}'?)"
+    elif isinstance(value, str) and isinstance(spec, Items):
+        hint = f"; write ['{value}']"
+    elif isinstance(spec, Section) and (names := [*(spec.required or spec.keys)][:3]):
+        hint = f"; write {{{', '.join(f'{name}: ...' for name in names)}}}"
+    return f"expected {spec.expected}, got {describe(node)}{hint}"
+
+
+def _options(spec: Spec) -> tuple[Spec, ...]:
+    return spec.options if isinstance(spec, Either) else (spec,)
+
+
 class _Checker:
-    def __init__(self, problems: Problems) -> None:
+    def __init__(self, root: Section, problems: Problems) -> None:
+        self.root = root
         self.problems = problems
         self.found: list[Found] = []
+        self._missing: list[tuple[str, str, KeyPath]] = []
+        self._astray: set[KeyPath] = set()  # where keys belong that stand elsewhere
+
+    def say_missing(self) -> None:
+        """Adds the missing keys, but for those that stand in another place, which has been reported."""
+        for name, where, path in self._missing:
+            if (*path, name) not in self._astray:
+                self.problems.add(f"missing key '{name}'", where, path)
 
     def visit(self, node: yaml.Node, spec: Spec, path: KeyPath, where: str) -> None:
         """Checks ``node`` at ``path`` against ``spec``; ``where`` is its line as a user sees it."""
@@ -108,6 +151,7 @@ class _Checker:
             self.found.append(Found(path, node, spec, where))
         if isinstance(spec, Section) and spec.component and isinstance(node, yaml.MappingNode):
             self.found.append(Found(path, node, spec, where))
+            spec = with_arguments(spec, node)
         if node.tag not in TEXT_TAGS:
             self._visit_content(node, spec, path, where)
         elif not _fits(spec, plain_value(node)) or isinstance(spec, Section | Named | Items):
@@ -131,7 +175,7 @@ class _Checker:
 
     def _visit_section(self, node: yaml.MappingNode, spec: Section, path: KeyPath, where: str) -> None:
         present = entries(node)
-        unknown = []
+        unknown, explained = [], []
         for name, (key, value) in present.items():
             if is_private(name):
                 continue
@@ -141,17 +185,29 @@ class _Checker:
             elif isinstance(name, str) and name in spec.elsewhere:
                 message = f"'{name}' is not read here: {spec.elsewhere[name]}"
                 self.problems.add(message, entry_place(key, value), path)
+                explained.append(message)
             elif spec.open:
                 self.visit(value, Anything(), child, entry_place(key, value))
             else:
                 unknown.append(name)
-                shown = describe(key) if isinstance(name, yaml.Node) else f"'{name}'"
-                message = f"unknown key {shown}{nearest(name, [*spec.keys])}"
-                self.problems.add(message, entry_place(key, value), path)
+                self.problems.add(self._unknown(name, key, spec, path, present), entry_place(key, value), path)
         for name in spec.required:
-            # A misspelt key has been reported, with the name that is now missing.
-            if name not in present and not any("did you mean" in nearest(wrong, [name]) for wrong in unknown):
-                self.problems.add(f"missing key '{name}'", where, path)
+            # Of a misspelt key, and of one with another name here, the name has been said that is now missing.
+            said = any(closest(wrong, [name]) for wrong in unknown) or any(f"'{name}'" in text for text in explained)
+            if name not in present and not said:
+                self._missing.append((name, where, path))
+
+    def _unknown(self, name: object, key: yaml.Node, spec: Section, path: KeyPath, present: Entries) -> str:
+        """The message about a key that nobody reads here: the nearest that is read, or the place for this one."""
+        shown = describe(key) if isinstance(name, yaml.Node) else f"'{name}'"
+        homes = [] if isinstance(name, yaml.Node) or closest(name, spec.keys) else _homes(name, self.root)
+        if homes:
+            home = max(homes, key=lambda other: _shared(other, path))
+            self._astray.add((*home, name))
+            return f"{shown} is not read here: it belongs {f'in {dotted(home)}' if home else 'at the top level'}"
+        if spec.component and "key" in present and "kwargs" in spec.keys and not closest(name, spec.keys):
+            return f"unknown key {shown}: arguments of {plain_value(present['key'][1])} belong under kwargs"
+        return f"unknown key {shown}{nearest(name, [*spec.keys])}"
 
     def _visit_anything(self, node: yaml.Node, path: KeyPath, where: str) -> None:
         if isinstance(node, yaml.MappingNode):
@@ -165,20 +221,26 @@ class _Checker:
             self.problems.add(f"expected a number, got '{node.value}'{number_hint(node.value)}", where, path)
 
     def _mismatch(self, node: yaml.Node, spec: Spec, path: KeyPath, where: str) -> None:
-        hint = ""
-        value = plain_value(node)
-        if isinstance(value, str) and isinstance(spec, Number):
-            hint = number_hint(value)
-        elif isinstance(value, str) and isinstance(spec, Text) and spec.choices:
-            hint = nearest(value, spec.choices)
-        elif isinstance(value, str) and isinstance(spec, Items):
-            hint = f"; write ['{value}']"
-        self.problems.add(f"expected {spec.expected}, got {describe(node)}{hint}", where, path)
+        self.problems.add(mismatch(spec, node), where, path)
+
+
+def _homes(name: object, spec: Section, path: KeyPath = ()) -> list[KeyPath]:
+    """The sections below ``spec`` that have a key ``name`` of their own."""
+    found = [path] if name in spec.keys and name not in ("key", "kwargs", "args") else []
+    for key, value in spec.keys.items():
+        if isinstance(value, Section):
+            found += _homes(name, value, (*path, key))
+    return found
+
+
+def _shared(path: KeyPath, other: KeyPath) -> int:
+    """With how many steps both begin."""
+    return next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), min(len(path), len(other)))
 
 
 def _fits(spec: Spec, value: Any) -> bool:
     """Whether the value of a scalar is, or may turn out to be, what ``spec`` asks for."""
-    if value is OPAQUE or isinstance(spec, Anything):
+    if value is OPAQUE or isinstance(spec, Anything) or is_left_open(value):
         return True
     if isinstance(spec, Number):
         if isinstance(value, bool) or not isinstance(value, int if spec.whole else int | float):

@@ -1,5 +1,6 @@
 """From the node graph to objects: the only place where tags run."""
 
+import copy
 import inspect
 import pkgutil
 import re
@@ -10,11 +11,12 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 import yaml
+from torch import nn
 
 from vkd_plugin.config.nodes import ACTIVE_TAGS, TorchdistillLoader, children, entries, is_active, plain_value
 from vkd_plugin.config.problems import ConfigErrors
 from vkd_plugin.config.source import place, syntax_problem
-from vkd_plugin.config.trust import Trust
+from vkd_plugin.config.trust import Trust, is_plain
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
 
@@ -22,7 +24,7 @@ Build: TypeAlias = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any
 """Calls a target with arguments, or makes something in its place."""
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """What a tag was about to do is not to be trusted."""
 
 
@@ -39,16 +41,17 @@ class _Constructor(TorchdistillLoader):
         self.trust = trust
         self.build = build
         self.failures: list[tuple[yaml.Node, Exception]] = []
-        self._failed: set[int] = set()
+        self._failed: dict[int, bool] = {}  # of the nodes that were asked for so far
+        self._own: dict[int, Any] = {}  # objects that calls of classes made, by identity
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """PyYAML's, but a failure is remembered with the innermost node that it belongs to."""
         if not is_active(node):
             return super().construct_object(node, deep)
-        for child in children(node):
-            self.construct_object(child, deep=True)
-        if id(node) in self._failed or self._has_failed(node):
-            self._failed.add(id(node))
+        if id(node) not in self._failed:
+            for child in children(node):
+                self.construct_object(child, deep=True)
+        if self._has_failed(node):
             return None
         try:
             return super().construct_object(node, deep)
@@ -56,11 +59,14 @@ class _Constructor(TorchdistillLoader):
             raise
         except Exception as error:  # tags call whatever the user names
             self.failures.append((node, error))
-            self._failed.add(id(node))
+            self._failed[id(node)] = True
             return None
 
     def _has_failed(self, node: yaml.Node) -> bool:
-        return any(id(child) in self._failed or self._has_failed(child) for child in children(node))
+        """Whether ``node``, whose tags have run, could not be built in all its parts."""
+        if id(node) not in self._failed:
+            self._failed[id(node)] = any(self._has_failed(child) for child in children(node))
+        return self._failed[id(node)]
 
     # Tags, which mean what they do in torchdistill.
 
@@ -72,32 +78,40 @@ class _Constructor(TorchdistillLoader):
     def import_call(self, node: yaml.MappingNode) -> Any:
         """``!import_call {key, package, init: {args, kwargs}}``, and the same for a method."""
         init = self.construct_mapping(node, deep=True).get("init") or {}
-        return self.build(self._target(node), init.get("args", []), init.get("kwargs", {}))
+        target, args, kwargs = self._target(node), init.get("args", []), init.get("kwargs", {})
+        self._judge_call(target, args, kwargs)
+        result = judged(self.trust, self.build(target, args, kwargs), str(target_name(node)))
+        if inspect.isclass(target):
+            self._own[id(result)] = result
+        return result
 
     def call_method(self, node: yaml.MappingNode) -> Any:
         """``!call_method {obj, method_name, args, kwargs, returns_obj}``."""
         entry = self.construct_mapping(node, deep=True)
-        method = self._attribute(entry["obj"], entry["method_name"])
-        result = method(*(entry.get("args") or []), **(entry.get("kwargs") or {}))
-        return entry["obj"] if entry.get("returns_obj") else self._judged(result, entry["method_name"])
+        method = read_attribute(self.trust, entry["obj"], entry["method_name"])
+        args, kwargs = entry.get("args") or [], entry.get("kwargs") or {}
+        self._judge_call(method, args, kwargs)
+        result = method(*args, **kwargs)
+        return entry["obj"] if entry.get("returns_obj") else judged(self.trust, result, entry["method_name"])
 
     def getattr(self, node: yaml.SequenceNode) -> Any:
         """``!getattr [obj, name]``, or with a default."""
-        return self._attribute(*self.construct_sequence(node, deep=True))
+        return read_attribute(self.trust, *self.construct_sequence(node, deep=True))
 
     def setattr(self, node: yaml.SequenceNode) -> Any:
-        """``!setattr [obj, name, value]``; only instances, as a class is not the experiment's alone."""
+        """``!setattr [obj, name, value]``; only of what the experiment made, as others share all else."""
         owner, name, value = self.construct_sequence(node, deep=True)
-        self._attribute(owner, name, None)
-        if inspect.isclass(owner) or inspect.isroutine(owner):
-            raise _Refused(f"'{owner.__name__}' is refused: what is not the experiment's own may not be changed")
+        read_attribute(self.trust, owner, name, None)
+        if id(owner) not in self._own:
+            kind = owner if inspect.isclass(owner) or inspect.isroutine(owner) else type(owner)
+            raise Refused(f"'{kind.__name__}' is refused: only what an !import_call of a class made may be changed")
         setattr(owner, name, value)
         return owner
 
     def access_by_index_or_key(self, node: yaml.MappingNode) -> Any:
         """``!access_by_index_or_key {data, index_or_key}``."""
         entry = self.construct_mapping(node, deep=True)
-        return self._judged(entry["data"][entry["index_or_key"]], str(entry["index_or_key"]))
+        return judged(self.trust, entry["data"][entry["index_or_key"]], str(entry["index_or_key"]))
 
     def _target(self, node: yaml.Node) -> Any:
         name = target_name(node)
@@ -108,23 +122,13 @@ class _Constructor(TorchdistillLoader):
             target = find(name, node.tag == "!import_call_method", self.trust)
             refusal = self.trust.of_value(target, name)
         if refusal is not None:
-            raise _Refused(refusal)
+            raise Refused(refusal)
         return target
 
-    def _attribute(self, owner: Any, name: Any, *default: Any) -> Any:
-        refusal = self.trust.of_attribute(name) or self.trust.of_value(owner, type(owner).__name__)
+    def _judge_call(self, target: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+        refusal = self.trust.of_call(target, args, kwargs)
         if refusal is not None:
-            raise _Refused(refusal)
-        return self._judged(getattr(owner, name, *default), name)
-
-    def _judged(self, value: Any, name: str) -> Any:
-        """``value``, unless it is a module, class or function from where the experiment may not go."""
-        if inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value):
-            own = getattr(value, "__self__", None)
-            bound_to_plain = inspect.isbuiltin(value) and isinstance(own, str | bytes | int | float | list | dict)
-            if not bound_to_plain and (refusal := self.trust.of_value(value, name)):
-                raise _Refused(refusal)
-        return value
+            raise Refused(refusal)
 
 
 for _tag in ACTIVE_TAGS:
@@ -154,13 +158,67 @@ def construct(root: yaml.Node, trust: Trust | None = None, build: Build = call) 
         value = loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         raise ConfigErrors([syntax_problem(error, root.start_mark.name, {})]) from None
-    if loader.failures:
-        problems = [
-            ConfigError(f"{_title(node)}{_explain(error, node)}", place(node.start_mark))
-            for node, error in loader.failures
-        ]
-        raise ConfigErrors(problems) from loader.failures[0][1]
+    problems = [
+        ConfigError(f"{_title(node)}{_explain(error, node)}", place(node.start_mark)) for node, error in loader.failures
+    ]
+    problems += _refused_entries(value, root, loader.trust)
+    if problems:
+        raise ConfigErrors(problems) from (loader.failures[0][1] if loader.failures else None)
     return value
+
+
+def read_attribute(trust: Trust, owner: Any, name: Any, *default: Any) -> Any:
+    """``getattr(owner, name)``, or with a default.
+
+    Raises:
+        Refused: owner, name or value are not for the experiment.
+    """
+    refusal = trust.of_attribute(name) or trust.of_value(owner, type(owner).__name__)
+    if refusal is not None:
+        raise Refused(refusal)
+    return judged(trust, getattr(owner, name, *default), name)
+
+
+def judged(trust: Trust, value: Any, name: str) -> Any:
+    """``value``, which a tag found as ``name``; a copy of data, as the original may belong to a module or class.
+
+    Raises:
+        Refused: it is, or holds, a module, class or function from where the experiment may not go.
+    """
+    if is_plain(value):
+        return copy.deepcopy(value) if isinstance(value, list | dict | set) else value
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        for item in value.values() if isinstance(value, dict) else value:
+            if item is not value:
+                judged(trust, item, name)
+    elif inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value):
+        own = getattr(value, "__self__", None)
+        bound_to_plain = inspect.isbuiltin(value) and isinstance(own, str | bytes | int | float | list | dict)
+        if not bound_to_plain and (refusal := trust.of_value(value, name)):
+            raise Refused(refusal)
+    return value
+
+
+def _refused_entries(value: Any, node: yaml.Node, trust: Trust) -> list[ConfigError]:
+    """What tags have put into the mappings of ``value``, which ``node`` means, and nobody may write there."""
+    found: list[ConfigError] = []
+    seen: set[int] = set()
+
+    def visit(value: Any, node: yaml.Node) -> None:
+        if isinstance(value, nn.ModuleDict | nn.ParameterDict):  # ** takes them too
+            value = dict(value.items())
+        if not isinstance(value, dict | list | tuple) or id(value) in seen:
+            return
+        seen.add(id(value))
+        written = entries(node) if isinstance(node, yaml.MappingNode) and not is_active(node) else {}
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            part = written[key][1] if key in written else node
+            if isinstance(value, dict) and (refusal := trust.of_argument(key, item)):
+                found.append(ConfigError(refusal, place(part.start_mark)))
+            visit(item, part)
+
+    visit(value, node)
+    return found
 
 
 def one_line(error: Exception) -> str:
@@ -172,7 +230,7 @@ def one_line(error: Exception) -> str:
         return text + nearest(error.name.rpartition(".")[2], _sibling_modules(error.name))
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: '{error.filename}'"  # without the [Errno 2]
-    if isinstance(error, OSError | ImportError | AttributeError | _Refused) and text:
+    if isinstance(error, OSError | ImportError | AttributeError | Refused) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

@@ -1,15 +1,17 @@
 """What torchdistill's tags would import and call, judged and looked up before any of them runs."""
 
+import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import yaml
 
-from vkd_plugin.config.construct import find, one_line, target_name
+from vkd_plugin.config.construct import Refused, find, judged, one_line, read_attribute, target_name
 from vkd_plugin.config.nodes import OPAQUE, Entries, children, entries, is_null, plain_value
 from vkd_plugin.config.problems import KeyPath, Problems
 from vkd_plugin.config.source import entry_place, place
-from vkd_plugin.config.trust import Trust
+from vkd_plugin.config.trust import ARGUMENTS, Trust
 
 IMPORTS = ("!import_get", "!import_call", "!import_call_method")
 _NAMES = ("key", "package", "class_name", "method_name")
@@ -44,7 +46,12 @@ def check_text(root: yaml.MappingNode, trust: Trust, problems: Problems) -> None
     All of the graph is looked at, anchors under private keys included: they are constructed like the rest.
     """
 
+    seen: set[int] = set()
+
     def visit(node: yaml.Node, path: KeyPath) -> None:
+        if id(node) in seen:  # aliases of one tag, which may hold aliases of others
+            return
+        seen.add(id(node))
         if node.tag in IMPORTS:
             _check_name(node, trust, problems, path)
         elif node.tag in ("!getattr", "!setattr", "!call_method"):
@@ -62,12 +69,12 @@ def check_text(root: yaml.MappingNode, trust: Trust, problems: Problems) -> None
                 visit(key, here)
                 if (node.tag in IMPORTS) or path[-1:] == ("kwargs",):
                     problems.add("a tag cannot make a key here", place(key.start_mark), path)
-            if refusal := trust.of_argument(name, plain_value(value)):
+            if name in ARGUMENTS and (refusal := trust.of_argument(name, plain_value(value))):
                 problems.add(refusal, entry_place(key, value), path)
-            if name == "repo_or_dir" and not is_null(value) and (refusal := trust.of_hub()):
-                problems.add(refusal, entry_place(key, value), here)
             visit(value, here)
 
+    if "dependencies" in (top := entries(root)) and plain_value(top["dependencies"][1]) is OPAQUE:
+        problems.add("'dependencies' has to be written out", entry_place(*top["dependencies"]))
     for name, package, where in dependencies(root):
         absolute = f"{package}.{name.lstrip('.')}" if name.startswith(".") and package else name
         if refusal := trust.of_dependency(absolute):
@@ -120,6 +127,7 @@ def check_targets(
             mapping's place and path.
     """
     seen: set[int] = set()
+    reached: dict[int, Any] = {}  # what is known without a call: imported, or read of what was
 
     def visit(node: yaml.Node, path: KeyPath) -> None:
         if id(node) in seen:
@@ -134,6 +142,27 @@ def check_targets(
         else:
             for index, item in enumerate(children(node)):
                 visit(item, (*path, index))
+        if node.tag in ("!getattr", "!call_method", "!access_by_index_or_key"):
+            read(node, path)
+
+    def read(node: yaml.Node, path: KeyPath) -> None:
+        """Reads what needs no call to be known, so that it is refused before there is any."""
+        parts = _read_parts(node)
+        if parts is None or id(parts[0]) not in reached:
+            return
+        owner, name = reached[id(parts[0])], plain_value(parts[1])
+        try:
+            if node.tag == "!access_by_index_or_key":
+                value = judged(trust, owner[name], str(name))
+            else:
+                value = read_attribute(trust, owner, name)
+        except Refused as error:
+            problems.add(f"{node.tag}: {error}", place(node.start_mark), path)
+        except Exception:  # the tag says so when it runs
+            pass
+        else:
+            if node.tag != "!call_method":
+                reached[id(node)] = value
 
     def look_up(node: yaml.MappingNode, path: KeyPath) -> None:
         name, present = target_name(node), entries(node)
@@ -149,11 +178,36 @@ def check_targets(
             problems.add(refusal, where, path)
         elif node.tag != "!import_get" and not callable(target):
             problems.add(f"{name} is {target!r}, which cannot be called", where, path)
-        elif node.tag != "!import_get":
+        elif node.tag == "!import_get":
+            reached[id(node)] = target
+        else:
             init = present["init"][1] if "init" in present else node
             if is_null(init):
                 init = yaml.MappingNode(node.tag, [], init.start_mark, init.end_mark)
             if isinstance(init, yaml.MappingNode):
+                check_positional(target, init, path)
                 check_arguments(target, name, init, where, path)
 
+    def check_positional(target: Any, init: yaml.MappingNode, path: KeyPath) -> None:
+        """Judges what stands under ``args`` by the names that the callee has for it."""
+        present = entries(init)
+        items = present["args"][1] if "args" in present else None
+        with suppress(TypeError, ValueError):  # it has no signature
+            names = list(inspect.signature(target).parameters)
+            for name, item in zip(names, items.value if isinstance(items, yaml.SequenceNode) else [], strict=False):
+                if name in ARGUMENTS and (refusal := trust.of_argument(name, plain_value(item))):
+                    problems.add(refusal, place(item.start_mark), path)
+
     visit(root, ())
+
+
+def _read_parts(node: yaml.Node) -> tuple[yaml.Node, yaml.Node] | None:
+    """The nodes of the object that a tag reads, and of the attribute, index or key; None if they are not there."""
+    if node.tag == "!getattr":
+        parts = children(node)
+        return (parts[0], parts[1]) if len(parts) > 1 else None
+    present = entries(node) if isinstance(node, yaml.MappingNode) else {}
+    names = ("data", "index_or_key") if node.tag == "!access_by_index_or_key" else ("obj", "method_name")
+    if not all(name in present for name in names):
+        return None
+    return present[names[0]][1], present[names[1]][1]

@@ -12,7 +12,8 @@ defined in ``torch.serialization``.
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -35,37 +36,79 @@ NAMESPACES = (
 )
 """Modules whose public names an experiment may use, what is below them included."""
 
+_UNPICKLES = "unpickling runs code"
+_NETWORK = "it runs code from the network"
+_WRITES = "it writes files"
+_READERS = "it reads archives and remote data sets with their code"
+_REGISTERS = "it changes what names mean"
+_TRACES = "it writes a program with the names of modules in it, and runs that"
+
 EXCEPTIONS = {
-    "timm.data.readers": "it reads archives and remote data sets with their code",
+    "timm.data.dataset.ImageDataset": _READERS,
+    "timm.data.dataset.IterableImageDataset": _READERS,
+    "timm.data.dataset_factory": _READERS,
+    "timm.data.readers": _READERS,
+    "timm.layers._fx": _TRACES,
+    "timm.models._builder": "it loads the file that a configuration names",
+    "timm.models._features_fx": _TRACES,
+    "timm.models._helpers": f"{_UNPICKLES}; timm_model takes a file as 'checkpoint'",
     "timm.models._hub": "it uploads and downloads",
-    "torch.from_file": "it writes files",
+    "timm.models._registry.register_model": _REGISTERS,
+    "timm.models.repghost.repghost_model_convert": _WRITES,
+    "torch.from_file": _WRITES,
     "torch.nn.attention": "it imports modules by name",
     "torch.utils.data.datapipes": "it unpickles, which runs code",
     "torch.utils.data.graph": "it unpickles, which runs code",
-    "torchdistill.datasets.registry": "it changes what names mean",
-    "torchdistill.losses.registry": "it changes what names mean",
+    "torchdistill.datasets.registry": _REGISTERS,
+    "torchdistill.losses.registry": _REGISTERS,
     "torchdistill.models.registry": "it loads code with torch.hub",
+    "torchvision.datasets.lsun": "it unpickles a file beside the images, which runs code",
     "torchvision.datasets.utils": "it downloads and unpacks files",
-    "torchvision.io.image.write_file": "it writes files",
-    "torchvision.io.image.write_jpeg": "it writes files",
-    "torchvision.io.image.write_png": "it writes files",
+    "torchvision.io.image.write_file": _WRITES,
+    "torchvision.io.image.write_jpeg": _WRITES,
+    "torchvision.io.image.write_png": _WRITES,
+    "torchvision.models._api.Weights": f"it can name any file as weights, and {_UNPICKLES}",
+    "torchvision.models._api.WeightsEnum": f"it can name any file as weights, and {_UNPICKLES}",
+    "torchvision.models._api.register_model": _REGISTERS,
+    "torchvision.models.feature_extraction": _TRACES,
+    "torchvision.ops.roi_align.lazy_compile": "it starts the compiler that its options name",
 }
 """What an experiment may not use although it lies in NAMESPACES, and why."""
 
-ARGUMENTS: dict[str, tuple[tuple[object, ...], str]] = {
-    "checkpoint_path": ((None,), "timm may unpickle the file; timm_model takes it as 'checkpoint'"),
-    "trust_remote_code": ((None, False), "it runs code from the network"),
-    "trust_repo": ((None, False), "it runs code from the network"),
-    "weights_only": ((True,), "unpickling runs code"),
+ATTRIBUTES = {
+    "cache": _WRITES,
+    "compile": "it starts the compiler that its options name",
+    "format": "it leads to whatever Python can reach",
+    "format_map": "it leads to whatever Python can reach",
+    "get_state_dict": f"{_UNPICKLES}; give the weights to the model",
 }
-"""Arguments that open a door in what is otherwise allowed: the values that do not, and why the others."""
+"""Attributes that an experiment may not read of what is otherwise allowed, and why; nor any that begins with
+``download``, which writes the files that the object's other attributes name."""
+
+ARGUMENTS: dict[str, tuple[tuple[object, ...], str, str]] = {
+    "checkpoint_path": ((None,), "timm may unpickle the file; timm_model takes it as 'checkpoint'", "torch.load"),
+    "pretrained_cfg": ((None,), "timm may unpickle the file it names; timm_model has 'checkpoint'", "torch.load"),
+    "pretrained_cfg_overlay": (
+        (None,),
+        "timm may unpickle the file it names; timm_model has 'checkpoint'",
+        "torch.load",
+    ),
+    "repo_or_dir": ((None,), "torch.hub runs code from the network", "torch.hub"),
+    "trust_remote_code": ((None, False), _NETWORK, "torch.hub"),
+    "trust_repo": ((None, False), _NETWORK, "torch.hub"),
+    "weights_only": ((True,), _UNPICKLES, "torch.load"),
+}
+"""Arguments that open a door in what is otherwise allowed: the values that do not, why the others, and what the user
+has to trust for them."""
 
 _REASONS = {
-    "torch.hub": "it runs code from the network",
-    "torch.load": "unpickling runs code; 'src_ckpt' reads weights without",
-    "torch.save": "it writes files",
-    "torch.serialization": "unpickling runs code; 'src_ckpt' reads weights without",
+    "torch.hub": _NETWORK,
+    "torch.load": f"{_UNPICKLES}; 'src_ckpt' reads weights without",
+    "torch.save": _WRITES,
+    "torch.serialization": f"{_UNPICKLES}; 'src_ckpt' reads weights without",
 }
+# Of the classes directly in torch; the others are parts of its compiler, or read and write files.
+_OF_TORCH = ("Generator", "Size", "Tensor", "device", "dtype", "finfo", "iinfo", "layout", "memory_format", "qscheme")
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
@@ -104,6 +147,8 @@ class Trust:
             return f"'{name}' is refused: {reason}; {self._ask(name)}"
         if _private(name):
             return f"'{name}' is refused: names with a leading underscore are private; {self._ask(name)}"
+        if root in PACKAGES and (reason := _attribute_reason(rest.rpartition(".")[2])):
+            return f"'{name}' is refused: {reason}; {self._ask(name)}"
         if _below(name, NAMESPACES) or (root in PACKAGES and "." not in rest):
             return None
         if root in PACKAGES:
@@ -118,39 +163,43 @@ class Trust:
             return None
         if isinstance(value, ModuleType):
             return f"'{name}' is refused: it is a module, a way to whatever that imports; {self._ask(name)}"
-        if _is_plain(value):
+        if is_plain(value):
             return None
         if isinstance(value, functools.partial):
             return self.of_value(value.func, name)
         home = _home(value)
-        if _below(home, self.packages) or (_below(home, NAMESPACES) and not _reason(home)):
+        reason = _reason(home)
+        if _below(home, self.packages) or (_below(home, NAMESPACES) and not reason):
             return None
         if _is_of_torch(value, home):
             return None
-        if home.startswith("torch.") and _reason(home):
-            return f"'{name}' is refused: {_reason(home)}; {self._ask(name)}"
-        return f"'{name}' is refused: it is defined in {home or 'no module'}; {self._ask(name)}"
+        reason = reason or f"it is defined in {home or 'no module'}"
+        return f"'{name}' is refused: {reason}; {self._ask(name if '.' in name or not home else home)}"
 
     def of_attribute(self, name: object) -> str | None:
         """Why a tag may not read, call or set the attribute ``name`` of an object; None if it may."""
         if not isinstance(name, str):
             return "the name of an attribute has to be written out"
-        if name.startswith("_") or name in ("format", "format_map"):
-            return f"attribute '{name}' is refused: it leads to whatever Python can reach"
-        return None
+        reason = "it leads to whatever Python can reach" if name.startswith("_") else _attribute_reason(name)
+        return f"attribute '{name}' is refused: {reason}" if reason else None
 
     def of_argument(self, name: object, value: object) -> str | None:
         """Why a call may not be given ``name=value``; None if it may."""
         if not isinstance(name, str) or name not in ARGUMENTS:
             return None
-        harmless, reason = ARGUMENTS[name]
-        return None if value in harmless else f"'{name}' is refused here: {reason}"
-
-    def of_hub(self) -> str | None:
-        """Why a model may not come from torch.hub; None if it may."""
-        if _below("torch.hub", self.packages):
+        harmless, reason, door = ARGUMENTS[name]
+        if any(value is known for known in harmless) or _below(door, self.packages):
             return None
-        return f"torch.hub is refused: {_REASONS['torch.hub']}; {self._ask('torch.hub')}"
+        return f"'{name}' is refused here: {reason}; {self._ask(door)}"
+
+    def of_call(self, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Why ``target`` may not be given these arguments, whether by name or by position; None if it may."""
+        while target is functools.partial and args and callable(args[0]):
+            target, args = args[0], args[1:]
+        given = dict(kwargs)
+        with suppress(TypeError, ValueError):  # no signature, or arguments that do not fit: the call says so
+            given |= inspect.signature(target).bind_partial(*args, **kwargs).arguments
+        return next((why for name, value in given.items() if (why := self.of_argument(name, value))), None)
 
     @staticmethod
     def _ask(name: str) -> str:
@@ -179,11 +228,16 @@ def _reason(name: str) -> str | None:
     return next((why for prefix, why in (EXCEPTIONS | _REASONS).items() if _below(name, (prefix,))), None)
 
 
-def _is_plain(value: object) -> bool:
+def _attribute_reason(name: str) -> str | None:
+    return _WRITES if name.startswith("download") else ATTRIBUTES.get(name)
+
+
+def is_plain(value: object) -> bool:
+    """Whether ``value`` is data, which leads to no code: numbers, text, and lists and mappings of these."""
     if isinstance(value, list | tuple | set | frozenset):
-        return all(_is_plain(item) for item in value)
-    if isinstance(value, Mapping):
-        return all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+        return all(is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(is_plain(key) and is_plain(item) for key, item in value.items())
     return isinstance(value, _PLAIN)
 
 
@@ -203,7 +257,10 @@ def _is_of_torch(value: object, home: str) -> bool:
 
     The Python functions that stand directly in torch, such as ``torch.compile``, are none of these.
     """
-    if inspect.isroutine(value):
-        compiled = not inspect.isfunction(value) and not inspect.ismethod(value)
-        return compiled and (home.startswith(("torch._C", "torch._VariableFunctionsClass")) or home == "")
-    return home.rpartition(".")[0] == "torch" or home == "torch._C.Generator"
+    if not inspect.isroutine(value):
+        package, _, name = home.rpartition(".")
+        return package in ("torch", "torch._C") and name in _OF_TORCH
+    if home.startswith(("torch.Tensor.", "torch._tensor.Tensor.", "torch.Size.")):
+        return True
+    compiled = not inspect.isfunction(value) and not inspect.ismethod(value)
+    return compiled and home.startswith(("torch._C", "torch._VariableFunctionsClass"))

@@ -213,7 +213,7 @@ def test_prefix_tokens_that_leave_something_else(readout: str, prefix: int) -> N
         (["--set", "models.student_model.dst_ckpt=/proc/no/student.pt"], "cannot save the checkpoint"),
         (["--output", ""], "the name of the folder is empty"),
         (["--output", "/proc/no"], "cannot write there"),
-        (["--set", "models.student_model.kwargs.num_classes=7"], "is out of bounds"),
+        (["--set", "models.student_model.kwargs.num_classes=7"], "got student (4, 7), teacher (4, 10)"),
         (["--set", "models.teacher_model.kwargs.num_classes=7"], "does not fit DigitsCNN"),
     ],
 )
@@ -232,7 +232,10 @@ def test_a_damaged_teacher(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     bad.write_bytes((ROOT / "configs/digits/ce/digits_cnn.safetensors").read_bytes()[:1000])
     change = f"models.teacher_model.kwargs.checkpoint={bad}"
     assert main(["--config", VKD, *SHORT, "--output", str(tmp_path / "run"), "--set", change]) == 2
-    assert f"error: {bad}: not a readable checkpoint" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: --set {change}: models.teacher_model.")
+    assert f": {bad}: not a readable checkpoint: " in err
+    assert err.count("\n") == 1
 
 
 def test_where_a_run_goes_by_default() -> None:

@@ -126,13 +126,14 @@ pathlib.Path.unlink = _disturbed(pathlib.Path.unlink)
 """
 
 NOT_A_NUMBER = """
+import torch
 from vkd_plugin.engine.box import EngineBox
 from vkd_plugin.engine.randomness import AddressedDataset
 from vkd_plugin.losses.vkd import VkDLoss
 _forward, _loss, _steps = EngineBox.forward_process, VkDLoss.forward, [0]
-def _counted(self, *args, **kwargs):
-    _steps[0] += 1
-    return _forward(self, *args, **kwargs)
+def _counted(self, samples, *args, **kwargs):
+    _steps[0] += type(samples) is torch.Tensor  # not those of the check beforehand, which have no contents
+    return _forward(self, samples, *args, **kwargs)
 def _spoilt(self, *args, **kwargs):
     loss = _loss(self, *args, **kwargs)
     return loss * float("nan") if _steps[0] in {steps} else loss

@@ -108,8 +108,11 @@ REFUSED = {
         [
             FSDP2,
             "train.student.auxiliary_model_wrapper={key: 'Student4FactorTransfer', kwargs: "
-            "{input_module_path: 'norm', translator_kwargs: {num_input_channels: 4, num_output_channels: 4}}}",
-            "train.student.forward_hook.output=[translator]",
+            "{input_module_path: 'student_model.patch_embed.proj', "
+            "translator_kwargs: {num_input_channels: 48, num_output_channels: 128}}}",
+            "train.student.forward_hook.output=[student_model.patch_embed.proj, translator]",
+            "train.criterion.kwargs.sub_terms.vkd.criterion_wrapper.kwargs.student="
+            "{module: translator, readout: spatial_mean}",
         ],
         "cannot be combined with Student4FactorTransfer, take DistributedDataParallel",
     ),

@@ -215,7 +215,8 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]
         monkeypatch.setattr(Trainer, "_post_epoch", watched_epoch)
         path = tmp_path / "experiment.yaml"
         path.write_text(text.replace("OUTPUT", str(tmp_path)))
-        assert main(["--config", str(path), "--output", str(run.output), "--device", "cpu"]) == 0
+        trust = ["--trust", "extension_of_a_user"]
+        assert main(["--config", str(path), "--output", str(run.output), "--device", "cpu", *trust]) == 0
         assert run.test_of_the_student()["top1"] >= 0
         return run
 
@@ -703,7 +704,7 @@ def test_gradients_are_averaged_wherever_the_trained_parts_stand(tmp_path: Path,
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
         str(tmp_path / "same_everywhere.py"), "--config", str(tmp_path / "experiment.yaml"),
-        "--output", str(tmp_path / "run"), "--device", "cpu",
+        "--output", str(tmp_path / "run"), "--device", "cpu", "--trust", "extension_of_a_user",
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -726,7 +727,7 @@ def test_parts_of_the_student_without_a_gradient_are_an_error_that_says_what_to_
     path.write_text(text.replace("OUTPUT", str(tmp_path)))
     arguments = ["--config", str(path), "--output", str(tmp_path / "run"), "--device", "cpu"]
     assert main(arguments) == 2
-    assert "name them under frozen_modules" in capsys.readouterr().err
+    assert "gradient to 'model.head': use it in a term, or name it under frozen_modules" in capsys.readouterr().err
     text = path.read_text()
     path.write_text(text.replace("frozen_modules: []", "frozen_modules: ['model.head']"))
     assert main(arguments) == 0

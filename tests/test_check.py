@@ -317,7 +317,6 @@ def test_a_hook_that_nothing_reads_is_a_warning() -> None:
 
 
 def test_what_fails_in_a_model_names_the_module() -> None:
-    projector = "train.student.auxiliary_model_wrapper.kwargs.features.tokens.projector"
-    (problem,) = examine(VKD, [f"{projector}.in_features=100", f"{projector}.out_features=128"]).problems
-    assert str(problem).endswith("(4x48 and 100x128) (in module 'features.tokens.projector')")
-    assert "train.student: RuntimeError" in str(problem)
+    (problem,) = examine(VKD, ["models.student_model.kwargs.in_chans=3"]).problems
+    assert str(problem).endswith("to have 3 channels, but got 1 channels instead (in module 'patch_embed.proj')")
+    assert "models.student_model: RuntimeError" in str(problem)

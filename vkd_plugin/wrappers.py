@@ -5,7 +5,7 @@ torchdistill hooks modules of the wrapper; the student lives under ``model``, th
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .host import Setup, current_setup
 from .projectors import OrthogonalProjector, build_projector
 from .random_state import generators_restored
 from .readouts import PREFIX_READOUTS, get_readout
-from .suggest import nearest
+from .suggest import closest, nearest
 
 
 class ProjectedFeature(nn.Module):
@@ -45,7 +45,12 @@ class ProjectedFeature(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whatever the module puts out to (N, C_teacher) rows."""
-        return self.projector(get_readout(self.readout)(x, self.num_prefix_tokens))
+        rows = get_readout(self.readout)(x, self.num_prefix_tokens)
+        expected = getattr(self.projector, "in_features", rows.shape[-1])
+        if rows.shape[-1] != expected:
+            found = f"the feature of module '{self.module_path}' has {rows.shape[-1]} channels"
+            raise BadValue(f"{found}, and in_features of its projector is {expected}", expected)
+        return self.projector(rows)
 
     def extra_repr(self) -> str:
         return f"{self.io} of '{self.module_path}', readout={self.readout}"
@@ -247,7 +252,9 @@ def _feature_spec(name: str, spec: Mapping[str, Any], student: nn.Module) -> dic
     path = spec["module"]
     paths = {p for p, _ in student.named_modules()}
     if path not in paths:
-        raise BadValue(f"feature '{name}': the student has no module '{path}'{nearest(path, paths - {''})}", path)
+        own = str(path).removeprefix("model.")  # as hooks are written
+        hint = f" (did you mean '{own}'?)" if own in paths else nearest(path, paths - {""})
+        raise BadValue(f"feature '{name}': the student has no module '{path}'{hint}", path)
     io = spec.get("io", "output")
     if io not in ("input", "output"):
         raise BadValue(f"feature '{name}': io should be 'input' or 'output', got {io!r}", io)
@@ -285,35 +292,44 @@ def _infer_sizes(student: nn.Module, specs: dict[str, dict[str, Any]], input_sha
         try:
             rows = _read(student, sample, spec["module"], spec["io"], **where)
         except ValueError as error:
-            raise ValueError(f"feature '{name}': {error}") from None
+            raise BadValue(f"feature '{name}': {error}", spec["readout"]) from None
         spec["projector"]["in_features"] = rows.shape[-1]
     for name, spec in specs.items():
         if "out_features" in spec["projector"]:
             continue
-        side = _teacher_side(name, setup)
+        side = _teacher_side(name, specs, setup)
         assert setup is not None
         where = {k: side[k] for k in ("readout", "num_prefix_tokens", "index") if k in side}
         try:
             rows = _read(setup.box.teacher_model, sample, side["module"], side.get("io", "output"), **where)
         except ValueError as error:
-            raise ValueError(f"feature '{name}', teacher's side: {error}") from None
+            value = error.value if isinstance(error, BadValue) else side.get("readout")
+            raise BadValue(f"feature '{name}', teacher's side: {error}", value) from None
         spec["projector"]["out_features"] = rows.shape[-1]
 
 
-def _teacher_side(name: str, setup: Setup | None) -> Mapping[str, Any]:
+def _teacher_side(name: str, features: Iterable[str], setup: Setup | None) -> Mapping[str, Any]:
     """The teacher's half of the ``FeaturePair`` in the criterion whose student's half is ``features.<name>``."""
     ask = f"feature '{name}': give its projector out_features, the number of channels of the teacher's feature"
     if setup is None or getattr(setup.box, "teacher_model", None) is None:
         raise ValueError(ask)
     kwargs = setup.train_config.get("criterion", {}).get("kwargs") or {}
+    wanted = f"features.{name}"
+    read = []
     for term in (kwargs.get("sub_terms") or {}).values():
         pair = (term.get("criterion_wrapper") or {}).get("kwargs") or {}
         student_side, teacher_side = pair.get("student"), pair.get("teacher")
         if not isinstance(student_side, Mapping) or not isinstance(teacher_side, Mapping):
             continue
-        if student_side.get("module") == f"features.{name}":
+        if student_side.get("module") == wanted:
             return teacher_side
-    raise ValueError(f"{ask} (no FeaturePair in the criterion has 'features.{name}' as its student side)")
+        read.append(student_side.get("module"))
+        if teacher_side.get("module") == wanted:
+            raise BadValue(f"'{wanted}' is the student's, and stands on the teacher's side", wanted)
+    near = closest(wanted, [path for path in read if path not in {f"features.{other}" for other in features}])
+    if near is not None:
+        raise BadValue(f"the student's side '{near}' is no feature (did you mean '{wanted}'?)", near)
+    raise ValueError(f"{ask} (no FeaturePair in the criterion has '{wanted}' as its student side)")
 
 
 def _sample_input(student: nn.Module, setup: Setup | None, input_shape: list[int] | None) -> Tensor:

@@ -10,7 +10,6 @@ from torchdistill.losses.high_level import AbstractLoss
 from ..engine.box import EngineBox
 from ..engine.sharding import parameters_of
 from .facts import FeatureFacts, GroupFacts, MemoryFacts, StageFacts, TermFacts
-from .schedule import optimizer_state_factor
 from .watched import Watched
 
 
@@ -73,10 +72,17 @@ def scheduler_steps(stage: StageFacts, config: Mapping[str, Any]) -> int | None:
     return stage.epochs * stage.steps_per_epoch // math.lcm(every, accumulated)
 
 
-def memory(box: EngineBox, optimizer: Mapping[str, Any], activations: int, *models: nn.Module) -> MemoryFacts:
-    """An estimate of what one process allocates: ``activations`` bytes, and what the models and optimizer need."""
+def memory(box: EngineBox, kept: float, activations: int, *models: nn.Module) -> MemoryFacts:
+    """An estimate of what one process allocates.
+
+    Args:
+        box: the stage's.
+        kept: numbers that the optimizer keeps for each that it trains.
+        activations: bytes that wait for the backward pass.
+        models: all of them.
+    """
     tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
     trained = [p for p in parameters_of(box.optimizer) if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
     weights = sum(t.numel() * t.element_size() for t in tensors.values())
-    return MemoryFacts(weights, gradients, round(gradients * optimizer_state_factor(optimizer)), activations)
+    return MemoryFacts(weights, gradients, round(gradients * kept), activations)

@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 
 from ..config import Experiment
 from ..config.schema import ENGINE
+from ..config.structure import is_left_open
 from ..engine.build import build_model, is_staged, model_sections, stage_sections
 from ..errors import ConfigError
 from ..models.weights import first_line, is_url
@@ -19,8 +21,10 @@ from .facts import DataFacts, Facts, ModelFacts
 from .fake import Contents
 from .noting import NeedsContents, NeedsGPU, Notes
 from .offline import offline
+from .places import leaves
 from .stage import CPU, Stage
 from .standin import StandIn, length_of
+from .transforms import place_of_transform
 
 
 def dry_run(experiment: Experiment, facts: Facts) -> None:
@@ -69,6 +73,9 @@ class Attempt:
                 logger = logging.getLogger(name)
                 stack.callback(logger.setLevel, logger.level)
                 logger.setLevel(logging.CRITICAL)
+            self._look_for_blanks()
+            if self.facts.problems:
+                return
             teacher, student = self._models()
             self._datasets()
             if student is None or self.facts.problems:
@@ -83,13 +90,23 @@ class Attempt:
             tested = self.experiment.data["test"]["test_data_loader"]
             two_samples(self.experiment.data["datasets"], tested, False, self.notes, "test", "test_data_loader")
 
+    def _look_for_blanks(self) -> None:
+        """What ``run.py list`` prints has places to fill in."""
+        for path, value in leaves(self.experiment.data):
+            if is_left_open(value):
+                self.notes.problem(f"'{value}' is to be replaced by a value", *path)
+
     def _models(self) -> tuple[nn.Module | None, nn.Module | None]:
         built: list[nn.Module | None] = []
         for section in model_sections(self.experiment):
             model: nn.Module | None = None
             if section is not None:
-                with self.notes.collecting("models", section, "kwargs"):
-                    model = self._model(section)
+                with self.notes.collecting("models", section):
+                    try:
+                        model = self._model(section)
+                    except AssertionError:  # so libraries check their arguments
+                        with self.notes.blaming("models", section, "kwargs"):
+                            raise
             built.append(model)
         return built[0], built[1]
 
@@ -116,10 +133,19 @@ class Attempt:
             with self.notes.collecting("datasets", name):
                 if facts.length == 0:
                     raise ConfigError("the data set is empty")
-                sample = dataset[0]
+                with self._placing_transforms(str(name)):
+                    sample = dataset[0]
                 image = sample[0] if isinstance(sample, tuple | list) and sample else sample
                 facts.sample = list(image.shape) if isinstance(image, Tensor) else None
             self.facts.datasets.append(facts)
+
+    @contextmanager
+    def _placing_transforms(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            with self.notes.blaming(*place_of_transform(error, self.experiment, name)):
+                raise
 
 
 def _copied(section: Any) -> Any:

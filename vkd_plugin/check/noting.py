@@ -9,6 +9,7 @@ from ..engine.build import blame
 from ..errors import BadValue, ConfigError, UserError
 from .facts import Facts
 from .fake import NEEDS_CONTENTS
+from .places import leaves, refused_argument
 
 
 class NeedsContents(Exception):
@@ -17,15 +18,6 @@ class NeedsContents(Exception):
 
 class NeedsGPU(Exception):
     """An operation is not there for the CPU, on which a check runs."""
-
-
-def leaves(data: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """``(path, value)`` of all that is neither a mapping nor a list in ``data``, which stands at ``path``."""
-    if isinstance(data, dict | list):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from leaves(value, (*path, key))
-    else:
-        yield path, data
 
 
 class Notes:
@@ -53,7 +45,7 @@ class Notes:
             with self.blaming(*path):
                 yield
         except ConfigError as error:
-            self.facts.problems.append(error)
+            self._add(self._refused(error, path) or error)
         except UserError as error:
             self.problem(str(error), *self._repeated(str(error), path))
 
@@ -83,17 +75,37 @@ class Notes:
 
     def _repeated(self, message: str, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
         """Where the text stands below ``path`` that ``message`` repeats, such as a file's name; else ``path``."""
+        texts = {at: value for at, value in leaves(self.below(path), path) if isinstance(value, str)}
+        repeated = [at for at, value in texts.items() if len(value) > 2 and value in message]
+        return max(repeated, key=lambda at: len(texts[at]), default=path)
+
+    def _refused(self, error: ConfigError, path: tuple[str | int, ...]) -> ConfigError | None:
+        """The error at the argument below ``path`` that a class does not take, if that is what ``error`` is about."""
+        cause = error.__cause__
+        found = refused_argument(cause) if isinstance(cause, TypeError) else None
+        if found is None:
+            return None
+        name, message = found
+        at = next((at for at, _ in leaves(self.below(path), path) if at[-1] == name), None)
+        return self.experiment.error(message, *at) if at else None
+
+    def below(self, path: tuple[str | int, ...]) -> Any:
+        """What stands at ``path``; None where nothing does."""
         data: Any = self.experiment.data
         for part in path:
-            data = data[part] if isinstance(data, dict | list) else None
-        found = [
-            at for at, value in leaves(data, path) if isinstance(value, str) and len(value) > 2 and value in message
-        ]
-        return found[0] if found else path
+            try:
+                data = data[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return data
+
+    def _add(self, error: ConfigError) -> None:
+        if str(error) not in map(str, self.facts.problems):  # several loaders may have one data set
+            self.facts.problems.append(error)
 
     def problem(self, message: str, *path: str | int) -> None:
         """Notes ``message`` at ``path``."""
-        self.facts.problems.append(self.experiment.error(message, *path))
+        self._add(self.experiment.error(message, *path))
 
     def warn(self, message: str, *path: str | int) -> None:
         """Notes ``message`` at ``path`` as a warning."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchdistill.losses.high_level import AbstractLoss
 
 from ..engine.box import EngineBox, build_box
 from ..engine.build import model_sections
@@ -20,11 +21,12 @@ from . import describe
 from .batches import grown, two_samples
 from .facts import StageFacts
 from .fake import Contents, SavedBytes
+from .modules import named
 from .noting import Notes
-from .places import place_in_stage
-from .schedule import learning_rates, schedule_problem
+from .places import leaves, place_in_stage
+from .schedule import learning_rates, optimizer_state_factor, schedule_problem
 from .standin import classes_of, length_of
-from .watched import Watched
+from .watched import Watched, naming_the_module
 
 CPU = torch.device("cpu")
 _FEW = 4
@@ -59,6 +61,7 @@ class Stage:
         self.student = student
         self.sides = ("teacher", "student") if teacher is not None else ("model",)
         self.datasets: dict[str, Any] = notes.experiment.data["datasets"]
+        self._kept = 0.0  # numbers that the optimizer keeps for each that it trains
         self.facts = StageFacts(path[1] if len(path) > 1 else None, int(config["num_epochs"]))
 
     def run(self) -> None:
@@ -69,15 +72,16 @@ class Stage:
         batch, validated = self._batch("train_data_loader"), self._batch("val_data_loader")
         if batch is None or validated is None or facts.problems:
             return
+        with self.notes.collecting(*self.path, "optimizer"):  # by a step with contents, on a few numbers
+            self._kept = optimizer_state_factor(self.config["optimizer"])
         with self.contents():
-            box = self._box(batch[0][0])
+            self._evaluate(batch, validated)
+            box = None if facts.problems else self._box(batch[0][0])
             if box is None or facts.problems:
                 return
             try:
                 self._describe_optimizer(box)
                 self._step(box, grown(batch, self._batch_size))
-                if not facts.problems:
-                    self._evaluate(box, validated[0])
             finally:
                 box.clean_modules()
 
@@ -111,14 +115,35 @@ class Stage:
         """The box, without what of its hooks leads nowhere; None where something is wrong."""
         while True:
             try:
-                return self._built(sample)
+                with named():
+                    return self._built(sample)
             except Exception as error:
-                with self.notes.collecting(*self.path, *place_in_stage(error, self.teacher is not None)):
-                    raise
-                hooks = _hooks_with(self.config, error.value) if isinstance(error, BadValue) else None
-                if hooks is None:
+                if "empty parameter list" in str(error):
+                    self._say_frozen()
                     return None
-                hooks.remove(error.value)  # so that the next is found as well
+                place = place_in_stage(error, self.teacher is not None)
+                names: list[Any] | None = None
+                if isinstance(error, BadValue):
+                    place = place if _holds(self._section(place), error.value) else ()
+                    names = _list_with(self._section(place), error.value)
+                with self.notes.collecting(*self.path, *place):
+                    raise
+                if names is None:
+                    return None
+                names.remove(error.value)  # so that the next is found as well
+
+    def _section(self, place: Sequence[str | int]) -> Any:
+        """What stands at ``place`` in the stage; None where nothing does."""
+        section: Any = self.config
+        for part in place:
+            section = section.get(part) if isinstance(section, dict) else None
+        return section
+
+    def _say_frozen(self) -> None:
+        side = self.sides[-1]
+        key = next((key for key in ("requires_grad", "frozen_modules") if key in self.config[side]), None)
+        message = "all that the optimizer was to train is frozen"
+        self.notes.problem(message, *self.path, side, *([key] if key else []))
 
     def _built(self, sample: Any) -> EngineBox:
         loaders = [_Loader([(sample,)]), None]
@@ -146,7 +171,8 @@ class Stage:
         self.facts.scheduler = str(self.config["scheduler"]["key"])
         steps = describe.scheduler_steps(self.facts, self.config)
         if steps is not None:
-            with self.notes.collecting(*self.path, "scheduler"):
+            total = "total_steps" in (self.config["scheduler"].get("kwargs") or {})
+            with self.notes.collecting(*self.path, "scheduler", *(("kwargs", "total_steps") if total else ())):
                 if problem := schedule_problem(box.lr_scheduler, steps):
                     raise ConfigError(problem)
                 self.facts.schedule = learning_rates(box.lr_scheduler, steps)
@@ -156,6 +182,11 @@ class Stage:
     def _step(self, box: EngineBox, batch: Any) -> None:
         samples, targets, *rest = batch
         watched = Watched.in_box(box, self.notes, self.path, self.sides)
+        self._check_terms(watched)
+        if not any(p.requires_grad for p in parameters_of(box.optimizer)):
+            self._say_frozen()
+        if self.notes.facts.problems:
+            return
         models = [box.student] + ([box.teacher_model] if self.teacher is not None else [])
         saved = SavedBytes(*models)
         box.student.train()
@@ -169,7 +200,17 @@ class Stage:
         self._check_gradients(box, watched, loss)
         self._check_hooks(box, watched)
         activations = round(saved.total * (self.facts.batch_size or len(samples)) / self._batch_size)
-        self.facts.memory = describe.memory(box, self.config["optimizer"], activations, *models)
+        self.facts.memory = describe.memory(box, self._kept, activations, *models)
+
+    def _check_terms(self, watched: Watched) -> None:
+        """That the criterion sums something up."""
+        kwargs = self.config["criterion"].get("kwargs") or {}
+        if not isinstance(watched.inner, AbstractLoss) or kwargs.get("model_term"):
+            return
+        weights = [float(weight) for _, weight in watched.inner.term_dict.values()]
+        if not any(weights):
+            message = "the weights of all terms are 0" if weights else "the criterion has no terms"
+            self.notes.problem(message, *self.path, "criterion", *(["kwargs", "sub_terms"] if weights else []))
 
     def _check_gradients(self, box: EngineBox, watched: Watched, loss: Any) -> None:
         """That each term trains something, and that all that the optimizer trains is trained by something."""
@@ -190,11 +231,32 @@ class Stage:
         with self.notes.collecting(*path):
             gradients = torch.autograd.grad(loss.mean(), trained, allow_unused=True)
             idle = [names.get(id(p), "?") for p, g in zip(trained, gradients, strict=True) if g is None]
-            if idle:
-                modules = _common_modules(idle, set(names.values()))
-                shown = ", ".join(f"'{module}'" for module in modules[:5]) + (", ..." if len(modules) > 5 else "")
-                message = f"the loss sends no gradient to {shown}: use it in a term, or name it under frozen_modules"
-                self.notes.problem(message, *self.path, self.sides[-1])
+            self._say_idle(idle, set(names.values()))
+        self._look_for_untrained(box)
+
+    def _say_idle(self, idle: list[str], everything: set[str]) -> None:
+        modules = _common_modules(idle, everything)
+        taught = self.teacher is not None and [module for module in modules if module.split(".")[0] == "teacher"]
+        if taught:
+            message = f"the teacher is not frozen, and the loss sends no gradient to {_listed(taught)}"
+            given = ["requires_grad"] if "requires_grad" in self.config["teacher"] else []
+            self.notes.problem(f"{message}: set requires_grad to False", *self.path, "teacher", *given)
+        elif modules:
+            message = f"the loss sends no gradient to {_listed(modules)}"
+            use = "use it in a term, or name it under frozen_modules"
+            self.notes.problem(f"{message}: {use}", *self.path, self.sides[-1])
+
+    def _look_for_untrained(self, box: EngineBox) -> None:
+        """Modules that want training and stand in none of the optimizer's groups, which is rarely meant."""
+        key = "module_wise_configs" if self.teacher is not None else "module_wise_kwargs"
+        if not self.config["optimizer"].get(key):
+            return
+        trained = {id(p) for p in parameters_of(box.optimizer)}
+        names = {name: p for name, p in box.student.named_parameters() if p.requires_grad}
+        left = [name for name, p in names.items() if id(p) not in trained]
+        if left:
+            message = f"{_listed(_common_modules(left, set(names)))} of the student are not trained: they are not here"
+            self.notes.warn(message, *self.path, "optimizer", key)
 
     def _check_hooks(self, box: EngineBox, watched: Watched) -> None:
         """That what is hooked is read; a wrapper of torchdistill's may read it too, where that cannot be seen."""
@@ -209,23 +271,22 @@ class Stage:
                         message = f"'{path}' is hooked and no term of the loss reads it"
                         self.notes.warn(message, *self.path, side, "forward_hook", io, hooks.index(path))
 
-    def _evaluate(self, box: EngineBox, samples: Any) -> None:
-        """That the bare models can be evaluated, what a sample costs, and that there is an output for each class."""
+    def _evaluate(self, trained: Any, validated: Any) -> None:
+        """That the bare models take the data, what a sample costs, and that there is an output for each class."""
         teacher, student = model_sections(self.notes.experiment)
-        models = {student: box.bare_student} | ({teacher: self.teacher} if teacher and self.teacher else {})
+        models = {student: self.student} | ({teacher: self.teacher} if teacher and self.teacher else {})
         for section, model in models.items():
-            with (
-                self.notes.collecting("models", section),
-                _evaluating(model),
-                FlopCounterMode(display=False) as flops,
-            ):
-                outputs = model(samples)
+            facts = next(facts for facts in self.notes.facts.models if facts.role == section)
+            with self.notes.collecting("models", section), _evaluating(model), naming_the_module(model):
+                with FlopCounterMode(display=False) as flops:
+                    outputs = model(validated[0])
+                facts.flops = flops.get_total_flops() // len(validated[0])
                 if section == student:
-                    self._check_classes(logits(outputs).shape[1], section)
-                facts = next(facts for facts in self.notes.facts.models if facts.role == section)
-                facts.flops = flops.get_total_flops() // len(samples)
+                    self._check_classes(logits(outputs).shape[1], trained[1], section)
+                if _size(trained[0]) != _size(validated[0]):
+                    model(trained[0])
 
-    def _check_classes(self, outputs: int, section: str) -> None:
+    def _check_classes(self, outputs: int, labels: Any, section: str) -> None:
         name = str(self.config["train_data_loader"]["dataset_id"])
         classes = classes_of(self.datasets[name])
         if classes is not None and classes > outputs:
@@ -252,13 +313,24 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _hooks_with(config: Mapping[str, Any], path: object) -> list[Any] | None:
-    """The list of hooks that ``path`` stands in."""
-    for side in ("teacher", "student", "model"):
-        for hooks in ((config.get(side) or {}).get("forward_hook") or {}).values():
-            if isinstance(hooks, list) and path in hooks:
-                return hooks
-    return None
+def _size(samples: Any) -> object:
+    return samples.shape[1:] if isinstance(samples, Tensor) else None
+
+
+def _holds(section: Any, value: object) -> bool:
+    return any(leaf == value for _, leaf in leaves(section))
+
+
+def _list_with(section: Any, value: object) -> list[Any] | None:
+    """The first list in ``section`` in which ``value`` stands."""
+    if isinstance(section, list) and value in section:
+        return section
+    children = section.values() if isinstance(section, dict) else section if isinstance(section, list) else ()
+    return next((found for child in children if (found := _list_with(child, value)) is not None), None)
+
+
+def _listed(modules: Sequence[str]) -> str:
+    return ", ".join(f"'{module}'" for module in modules[:5]) + (", ..." if len(modules) > 5 else "")
 
 
 def _common_modules(idle: list[str], everything: set[str]) -> list[str]:

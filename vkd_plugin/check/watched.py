@@ -1,5 +1,6 @@
 """A box that is watched while it takes a step: what its loss reads, and what each term comes to."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,10 @@ from torchdistill.losses.high_level import AbstractLoss
 
 from ..engine.box import EngineBox
 from ..errors import BadValue, ConfigError
-from ..suggest import nearest
+from ..losses import NotHookedError
 from .fake import NEEDS_CONTENTS
 from .noting import Notes
+from .places import place_of_read
 
 
 class Watched(nn.Module):
@@ -34,6 +36,7 @@ class Watched(nn.Module):
         self.inner = inner
         self.values: dict[str, Tensor] = {}
         self.io: dict[str, _Reads] = {}
+        self._log: list[str] = []
         self._notes = notes
         self._path = path
         if isinstance(inner, AbstractLoss):
@@ -59,13 +62,15 @@ class Watched(nn.Module):
 
     def forward(self, io_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """The criterion's value."""
-        self.io = {side: _Reads(side, hooked) for side, hooked in io_dict.items()}
+        self.io = {side: _Reads(side, hooked, self._log) for side, hooked in io_dict.items()}
         return self.inner(self.io, *args, **kwargs)
 
     def term(self, name: str, term: nn.Module, *args: Any) -> Any:
         """The value of a term; zero, and a note, where it has none."""
-        with self._notes.collecting(*self._path, "kwargs", "sub_terms", name):
-            value = term(*args)
+        path = (*self._path, "kwargs", "sub_terms", name)
+        self._log.clear()
+        with self._notes.collecting(*path):
+            value = self._value(term, path, args)
             if not isinstance(value, Tensor) or value.numel() != 1:
                 found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
                 raise ConfigError(f"the term should be one number, got {found}")
@@ -73,13 +78,32 @@ class Watched(nn.Module):
             return value
         return torch.zeros(())
 
+    def _value(self, term: nn.Module, path: tuple[str | int, ...], args: Any) -> Any:
+        """The term's value; what it raises says what it has read."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                value = term(*args)
+            except NotHookedError as error:
+                section = self._notes.below(path)
+                raise self._notes.experiment.error(error.message, *path, *place_of_read(section, error)) from error
+            except (RuntimeError, TypeError, IndexError) as error:
+                if not isinstance(error, NEEDS_CONTENTS) and len(error.args) == 1:
+                    targets = [f"targets {_shape(arg)}" for arg in args[2:3] if isinstance(arg, Tensor)]
+                    error.args = (f"{error} (it reads {', '.join([*self._log, *targets])})",)
+                raise
+        for warning in said:
+            if "different to the input size" in str(warning.message):  # torch goes on, and broadcasts
+                self._notes.warn(str(warning.message).partition(". ")[0], *path)
+        return value
+
     def weight(self, name: str) -> float:
         """Of a term."""
         return float(self.inner.term_dict[name][1]) if isinstance(self.inner, AbstractLoss) else 1.0
 
     def unread(self, side: str) -> list[str]:
         """Paths that are hooked and that no term has read."""
-        hooked = self.io.get(side, _Reads(side, {}))
+        hooked = self.io.get(side, _Reads(side, {}, []))
         return [] if hooked.all_read else [path for path in hooked if path not in hooked.read]
 
 
@@ -123,9 +147,10 @@ def naming_the_module(model: nn.Module) -> Iterator[None]:
 class _Reads(dict[str, Any]):
     """A dictionary of what was hooked, which knows what was asked for."""
 
-    def __init__(self, side: str, hooked: Mapping[str, Any]) -> None:
-        super().__init__({path: _Hooked(side, path, io) for path, io in hooked.items()})
+    def __init__(self, side: str, hooked: Mapping[str, Any], log: list[str]) -> None:
+        super().__init__({path: _Hooked(self, path, io) for path, io in hooked.items()})
         self.side = side
+        self.log = log
         self.read: set[str] = set()
         self.all_read = False
 
@@ -134,8 +159,7 @@ class _Reads(dict[str, Any]):
         return super().__getitem__(path)
 
     def __missing__(self, path: str) -> Any:
-        own = [other for other in self if other != "."]
-        raise ConfigError(f"the loss reads module '{path}' of the {self.side}, which is not hooked{nearest(path, own)}")
+        raise NotHookedError(self.side, path, "output", {path: list(io) for path, io in self.items() if io})
 
     def get(self, path: str, default: Any = None) -> Any:
         self.read.add(path)
@@ -149,14 +173,19 @@ class _Reads(dict[str, Any]):
 class _Hooked(dict[str, Any]):
     """The input and output of a module, those that are hooked."""
 
-    def __init__(self, side: str, path: str, io: Mapping[str, Any]) -> None:
+    def __init__(self, of: _Reads, path: str, io: Mapping[str, Any]) -> None:
         super().__init__(io)
-        self.side = side
+        self.of = of
         self.path = path
 
+    def __getitem__(self, io: str) -> Any:
+        value = super().__getitem__(io)
+        self.of.log.append(f"{self.of.side} '{self.path}' {_shape(value)}")
+        return value
+
     def __missing__(self, io: str) -> Any:
-        only = " and ".join(self) or "nothing"
-        raise ConfigError(
-            f"the loss reads the {io} of module '{self.path}' of the {self.side}, of which {only} is hooked: "
-            f"list it under forward_hook: {io}"
-        )
+        raise NotHookedError(self.of.side, self.path, io, {self.path: list(self)})
+
+
+def _shape(value: object) -> str:
+    return " x ".join(map(str, value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -61,6 +61,9 @@ _OF_ALL: dict[str, dict[str, Spec]] = {
         "student_module_io": _IO,
         "teacher_module_io": _IO,
     },
+    "scheduler": dict.fromkeys(
+        ("T_max", "T_0", "step_size", "total_steps", "epochs", "steps_per_epoch"), replace(COUNT, nullable=True)
+    ),
 }
 """Kind of component -> arguments that mean the same wherever they occur."""
 

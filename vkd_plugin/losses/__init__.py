@@ -4,10 +4,10 @@
 """
 
 from .distances import DISTANCES
-from .feature_pair import Feature, FeaturePair
+from .feature_pair import Feature, FeaturePair, NotHookedError
 from .soft_target import SoftTargetCrossEntropy, SoftTargetKLLoss
 from .vkd import VkDLoss
 
 __all__ = [
-    "DISTANCES", "Feature", "FeaturePair", "SoftTargetCrossEntropy", "SoftTargetKLLoss", "VkDLoss",
+    "DISTANCES", "Feature", "FeaturePair", "NotHookedError", "SoftTargetCrossEntropy", "SoftTargetKLLoss", "VkDLoss",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """From the hooked inputs and outputs of student and teacher to the two tensors that a loss compares."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,9 +9,43 @@ from torch import Tensor, nn
 from ..arguments import one_of
 from ..errors import BadValue, ConfigError
 from ..readouts import PREFIX_READOUTS, get_readout
-from ..suggest import nearest
+from ..suggest import closest, nearest
 
 IODict = Mapping[str, Mapping[str, Any]]
+
+
+class NotHookedError(ConfigError):
+    """A loss reads what ``forward_hook`` does not name.
+
+    Args:
+        side: ``student`` or ``teacher``.
+        module: path of what is read.
+        io: ``output`` or ``input``.
+        hooked: path -> what is hooked of it.
+    """
+
+    def __init__(self, side: str, module: str, io: str, hooked: Mapping[str, Collection[str]]) -> None:
+        self.side = side
+        self.module = module
+        self.io = io if module in hooked else None
+        if module in hooked:
+            message = (
+                f"the loss reads the {io} of module '{module}' of the {side}, but only its "
+                f"{' and '.join(hooked[module])} is hooked: list it under forward_hook: {io}"
+            )
+        elif hooked:
+            near = closest(module, hooked)
+            hint = f" (did you mean '{near}'?)" if near else ""
+            message = (
+                f"the loss reads module '{module}' of the {side}, which is not hooked{hint}; "
+                f"hooked: {', '.join(hooked)}"
+            )
+        else:
+            message = (
+                f"nothing of the {side} is hooked, and the loss reads its module '{module}': "
+                f"add the module to forward_hook, or the {side} itself"
+            )
+        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -66,25 +100,12 @@ class Feature:
         """The feature, as its readout puts it.
 
         Raises:
-            ConfigError: nothing was hooked there; the message names what was.
+            NotHookedError: nothing was hooked there; the message names what was.
             BadValue: the readout does not fit the layer.
         """
         hooked = {path: list(io) for path, io in io_dict.items() if io}
-        if self.module not in hooked:
-            if not hooked:
-                raise ConfigError(
-                    f"nothing of the {self.side} is hooked, and the loss reads its module '{self.module}': "
-                    f"add the module to forward_hook, or the {self.side} itself"
-                )
-            raise ConfigError(
-                f"the loss reads module '{self.module}' of the {self.side}, which is not hooked"
-                f"{nearest(self.module, hooked)}; hooked: {', '.join(hooked)}"
-            )
-        if self.io not in hooked[self.module]:
-            raise ConfigError(
-                f"the loss reads the {self.io} of module '{self.module}' of the {self.side}, but only its "
-                f"{' and '.join(hooked[self.module])} is hooked: list it under forward_hook: {self.io}"
-            )
+        if self.io not in hooked.get(self.module, ()):
+            raise NotHookedError(self.side, self.module, self.io, hooked)
         value = self._pick(io_dict[self.module][self.io])
         try:
             return get_readout(self.readout)(value, self.num_prefix_tokens or 0)

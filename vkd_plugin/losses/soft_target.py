@@ -88,7 +88,9 @@ class SoftTargetKLLoss(nn.Module):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = number("temperature", temperature, at_least=torch.finfo(torch.float32).tiny)
+        self.temperature = number("temperature", temperature)
+        if self.temperature < torch.finfo(torch.float32).tiny:
+            raise ValueError(f"temperature must lie in (0, inf), got {temperature}")
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """A scalar.

@@ -24,6 +24,10 @@ Build: TypeAlias = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any
 """Calls a target with arguments, or makes something in its place."""
 
 
+NOT_OWN = "refused: only what an !import_call of a class made may be changed"
+"""Why ``!setattr`` may not change an object."""
+
+
 class Refused(Exception):
     """What a tag was about to do is not to be trusted."""
 
@@ -73,7 +77,7 @@ class _Constructor(TorchdistillLoader):
     def import_get(self, node: yaml.MappingNode) -> Any:
         """``!import_get {key, package}``."""
         self.construct_mapping(node, deep=True)
-        return self._target(node)
+        return judged(self.trust, self._target(node), str(target_name(node)))
 
     def import_call(self, node: yaml.MappingNode) -> Any:
         """``!import_call {key, package, init: {args, kwargs}}``, and the same for a method."""
@@ -103,8 +107,7 @@ class _Constructor(TorchdistillLoader):
         owner, name, value = self.construct_sequence(node, deep=True)
         read_attribute(self.trust, owner, name, None)
         if id(owner) not in self._own:
-            kind = owner if inspect.isclass(owner) or inspect.isroutine(owner) else type(owner)
-            raise Refused(f"'{kind.__name__}' is refused: only what an !import_call of a class made may be changed")
+            raise Refused(NOT_OWN)
         setattr(owner, name, value)
         return owner
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
-from vkd_plugin.config.construct import Refused, find, judged, one_line, read_attribute, target_name
+from vkd_plugin.config.construct import NOT_OWN, Refused, find, judged, one_line, read_attribute, target_name
 from vkd_plugin.config.nodes import OPAQUE, Entries, children, entries, is_null, plain_value
 from vkd_plugin.config.problems import KeyPath, Problems
 from vkd_plugin.config.source import entry_place, place
 from vkd_plugin.config.trust import ARGUMENTS, Trust
 
 IMPORTS = ("!import_get", "!import_call", "!import_call_method")
+READS = ("!getattr", "!setattr", "!call_method", "!access_by_index_or_key")
 _NAMES = ("key", "package", "class_name", "method_name")
 
 
@@ -142,7 +143,7 @@ def check_targets(
         else:
             for index, item in enumerate(children(node)):
                 visit(item, (*path, index))
-        if node.tag in ("!getattr", "!call_method", "!access_by_index_or_key"):
+        if node.tag in READS:
             read(node, path)
 
     def read(node: yaml.Node, path: KeyPath) -> None:
@@ -152,6 +153,8 @@ def check_targets(
             return
         owner, name = reached[id(parts[0])], plain_value(parts[1])
         try:
+            if node.tag == "!setattr":
+                raise Refused(NOT_OWN)
             if node.tag == "!access_by_index_or_key":
                 value = judged(trust, owner[name], str(name))
             else:
@@ -203,7 +206,7 @@ def check_targets(
 
 def _read_parts(node: yaml.Node) -> tuple[yaml.Node, yaml.Node] | None:
     """The nodes of the object that a tag reads, and of the attribute, index or key; None if they are not there."""
-    if node.tag == "!getattr":
+    if node.tag in ("!getattr", "!setattr"):
         parts = children(node)
         return (parts[0], parts[1]) if len(parts) > 1 else None
     present = entries(node) if isinstance(node, yaml.MappingNode) else {}

@@ -26,7 +26,8 @@ PACKAGES = ("torch", "torchvision", "timm", "torchdistill", "vkd_plugin")
 NAMESPACES = (
     *("torch.distributions", "torch.fft", "torch.functional", "torch.linalg", "torch.nn", "torch.optim"),
     *("torch.special", "torch.utils.data"),
-    *("torchvision.datasets", "torchvision.io.read_image", "torchvision.io.image", "torchvision.models"),
+    *("torchvision.datasets", "torchvision.io.image", "torchvision.io.ImageReadMode", "torchvision.io.decode_image"),
+    *("torchvision.io.read_image", "torchvision.models"),
     *("torchvision.ops", "torchvision.transforms", "torchvision.tv_tensors"),
     *("timm.data", "timm.layers", "timm.loss", "timm.models", "timm.scheduler"),
     *("torchdistill.datasets", "torchdistill.losses", "torchdistill.models"),

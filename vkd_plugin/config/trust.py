@@ -55,6 +55,7 @@ EXCEPTIONS = {
     "timm.models._helpers": f"{_UNPICKLES}; timm_model takes a file as 'checkpoint'",
     "timm.models._hub": "it uploads and downloads",
     "timm.models._registry.register_model": _REGISTERS,
+    "timm.models._registry.register_model_deprecations": _REGISTERS,
     "timm.models.repghost.repghost_model_convert": _WRITES,
     "torch.from_file": _WRITES,
     "torch.nn.attention": "it imports modules by name",

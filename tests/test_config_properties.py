@@ -138,3 +138,13 @@ def test_a_file_cut_short_is_refused(cut: int, tmp_path: Path) -> None:
     path.write_text(text[: cut * (len(text) - 200) // 40])
     with pytest.raises(ConfigErrors):
         load_experiment(path)
+
+
+@pytest.mark.parametrize("level", ["[*a{0}, *a{0}]", "!getattr [*a{0}, *a{0}]"])
+def test_anchors_that_multiply_are_refused_wherever_they_stand(level: str, tmp_path: Path) -> None:
+    levels = ["_a0: &a0 [1, 1]", *(f"_a{i}: &a{i} {level.format(i - 1)}" for i in range(1, 31))]
+    path = tmp_path / "x.yaml"
+    for place in ("datasets: {x: *a30}", "datasets: {? *a30 : 1}"):
+        path.write_text("\n".join([*levels, place]))
+        with pytest.raises(ConfigErrors):
+            load_experiment(path)

@@ -104,6 +104,16 @@ def test_one_seed_gives_identical_figures_whatever_the_number_of_workers(tmp_pat
     assert first != other
 
 
+def test_a_stage_starts_from_its_own_checkpoint(tmp_path: Path) -> None:
+    _run(VKD, tmp_path / "first", "--set", "train.num_epochs=1")
+    still = ["--set", "train.optimizer.kwargs={lr: 0.0, weight_decay: 0.0}", "--set", "train.scheduler="]
+    best = Path("checkpoints", "best.pt")
+    _run(VKD, tmp_path / "more", "--set", f"train.student.src_ckpt={tmp_path / 'first' / best}", *still)
+    before, after = (torch.load(tmp_path / run / best)["model"] for run in ("first", "more"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_start_epoch_counts_on_with_the_optimizer_of_src_ckpt(tmp_path: Path) -> None:
     whole = _run(VKD, tmp_path / "whole")
     first = _run(VKD, tmp_path / "first", "--set", "train.num_epochs=1")

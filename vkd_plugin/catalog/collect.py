@@ -187,7 +187,12 @@ def _row(function: Callable[..., Any], name: str) -> Docstring:
 
 def find_datasets() -> list[Component]:
     """What a tag can build: torchvision's, and what is registered."""
-    return _callable("dataset", _meant([datasets.DATASET_DICT], _below(VisionDataset)))
+    trust = Trust()
+
+    def allowed(cls: type) -> bool:
+        return _below(VisionDataset)(cls) and trust.of_value(cls, cls.__name__) is None
+
+    return _callable("dataset", _meant([datasets.DATASET_DICT], allowed))
 
 
 def find_transforms() -> list[Component]:

@@ -148,17 +148,23 @@ def unshare(root: yaml.Node) -> yaml.Node:
     same one; while a data set under an anchor is built once, and every alias means that object. Keys that
     begin with ``_`` are left out of ``kwargs``: they hold anchors, and would be passed to the function.
     """
-    built: dict[int, yaml.Node] = {}
+    built: dict[int, tuple[yaml.Node, int]] = {}
     count = 0
 
-    def copy(node: yaml.Node, depth: int, in_kwargs: bool = False) -> yaml.Node:
+    def add(number: int) -> None:
         nonlocal count
-        if id(node) in built:
-            return built[id(node)]
-        count += 1
+        count += number
         if count > MAX_NODES:
             message = f"its anchors expand to more than {MAX_NODES} values"
             raise ConfigErrors([ConfigError(message, root.start_mark.name)])
+
+    def copy(node: yaml.Node, depth: int, in_kwargs: bool = False) -> yaml.Node:
+        if id(node) in built:
+            shared, size = built[id(node)]
+            add(size)  # whoever walks through the graph meets it again
+            return shared
+        before = count
+        add(1)
         if depth > MAX_DEPTH:
             raise ConfigErrors([ConfigError("nested too deeply", place(node.start_mark))])
         value: Any = node.value
@@ -170,7 +176,7 @@ def unshare(root: yaml.Node) -> yaml.Node:
             value = [copy(child, depth + 1) for child in node.value]
         duplicate = with_value(node, value)
         if is_active(node):
-            built[id(node)] = duplicate
+            built[id(node)] = duplicate, count - before
         return duplicate
 
     return copy(root, 0)

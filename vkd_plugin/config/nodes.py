@@ -122,8 +122,14 @@ def plain_value(node: yaml.Node) -> Any:
         return OPAQUE
 
 
+TUPLES = (*TEXT_TAGS, "tag:yaml.org,2002:python/tuple")
+"""Tags of lists that make something that can be a key."""
+
+
 def plain_key(node: yaml.Node) -> object:
     """The key that a node makes; the node itself where that cannot be known or cannot be a key."""
+    if isinstance(node, yaml.MappingNode) or (isinstance(node, yaml.SequenceNode) and node.tag not in TUPLES):
+        return node
     value = plain_value(node)
     try:
         hash(value)

@@ -2,6 +2,7 @@
 
 The boxes build models, hooks, criterion, optimizer and scheduler from the YAML as torchdistill does. What differs:
 
+* checkpoints of a stage (``src_ckpt``) are read without executing anything in them;
 * data loaders address their randomness (:mod:`vkd_plugin.engine.loaders`);
 * under several processes whatever trains is in DistributedDataParallel or in shards, on CPUs too;
 * each loss term and the gradient's norm are seen, without a device synchronisation;
@@ -11,6 +12,7 @@ The boxes build models, hooks, criterion, optimizer and scheduler from the YAML 
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -26,6 +28,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from ..errors import BadValue, UserError
+from ..models.weights import fit_weights, is_url, load_weights
 from .build import is_staged
 from .meter import TermMeter
 from .precision import Precision
@@ -124,6 +127,21 @@ class EngineBox(_Box):
             self.train_data_loader = train
         if val is not None:
             self.val_data_loader = val
+
+    def setup_teacher_student_models(self, teacher_config: dict[str, Any], student_config: dict[str, Any]) -> None:
+        """torchdistill's, but checkpoints are read without unpickling, and have to fit."""
+        sides = ({**teacher_config}, {**student_config})
+        sources = [side.pop("src_ckpt", None) for side in sides]
+        super().setup_teacher_student_models(*sides)
+        _load_checkpoint(self.teacher_model, sources[0])
+        _load_checkpoint(self.student_model, sources[1])
+
+    def setup_model(self, model_config: dict[str, Any]) -> None:
+        """The same in a box without a teacher."""
+        side = {**model_config}
+        source = side.pop("src_ckpt", None)
+        super().setup_model(side)
+        _load_checkpoint(self.model, source)
 
     def setup_loss(self, train_config: dict[str, Any]) -> None:
         """The criterion, its terms watched, and what it holds on the device (torchdistill leaves it behind).
@@ -370,6 +388,11 @@ def build_box(
     return (_StagedDistillation if staged else _Distillation)(
         load, precision, terms, compile_modes, spare, teacher, student, *args
     )
+
+
+def _load_checkpoint(model: nn.Module, source: str | None) -> None:
+    if source and (is_url(source) or Path(source).exists()):  # that it should exist is checked with the configuration
+        fit_weights(model, load_weights(source), source)
 
 
 def _compile(model: nn.Module, mode: bool | str | None) -> None:

@@ -1,1 +1,1 @@
-"""What runs came to: tables."""
+"""What runs came to: tables of figures over seeds (:mod:`.table`), and pages about runs (:mod:`.report`)."""

@@ -1,14 +1,22 @@
 """Marked parameters stay out of weight decay, also in torchdistill's default single parameter group."""
 
 import inspect
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torchdistill.optim.registry import OPTIM_DICT, get_optimizer
 
 import vkd_plugin
+from vkd_plugin import host
+from vkd_plugin.check import examine
 from vkd_plugin.decay import without_decay
+
+IMAGENET = Path(__file__).parent / "data" / "check" / "imagenet.yaml"
 
 
 def _pair() -> nn.ModuleList:
@@ -58,10 +66,42 @@ def test_groups_without_decay_of_their_own_are_split() -> None:
 
 
 def test_registered_optimizers_keep_their_signature() -> None:
-    assert inspect.signature(OPTIM_DICT["AdamW"]) == inspect.signature(torch.optim.AdamW)
+    own = dict(inspect.signature(OPTIM_DICT["AdamW"]).parameters)
+    assert own.pop("weight_decay_of").default == "all"
+    assert own == dict(inspect.signature(torch.optim.AdamW).parameters)
 
 
 def test_installing_twice_changes_nothing() -> None:
     before = dict(OPTIM_DICT)
     vkd_plugin.host.install()
     assert before == OPTIM_DICT
+
+
+def test_of_matrices_alone_leaves_out_what_timm_leaves_out() -> None:
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)
+    expected = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
+    box = SimpleNamespace(student_model=model)
+    token = host._current.set(host.Setup(box, {}))  # type: ignore[arg-type]
+    try:
+        optimizer = get_optimizer(
+            nn.ModuleList([model]), "AdamW", lr=0.1, weight_decay=0.05, weight_decay_of="matrices"
+        )
+    finally:
+        host._current.reset(token)
+    by_decay = {group["weight_decay"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
+    assert by_decay == {group["weight_decay"]: {id(p) for p in group["params"]} for group in expected}
+
+
+def test_of_matrices_alone_in_an_experiment() -> None:
+    facts = examine(IMAGENET, ["train.optimizer.kwargs.weight_decay_of=matrices"])
+    assert facts.problems == []
+    groups = {group.weight_decay: group.tensors for group in facts.stages[0].groups}
+    model = timm.create_model("deit_tiny_distilled_patch16_224")
+    named = model.no_weight_decay()
+    plain = [name for name, p in model.named_parameters() if p.ndim < 2 or name in named]
+    assert groups == {0.05: len(list(model.parameters())) - len(plain), 0.0: len(plain) + 1}  # and the projector
+
+
+def test_a_misspelt_rule_is_refused() -> None:
+    (problem,) = examine(IMAGENET, ["train.optimizer.kwargs.weight_decay_of=matrixes"]).problems
+    assert "no weight_decay_of 'matrixes' (did you mean 'matrices'?)" in str(problem)

@@ -4,6 +4,15 @@ Decay shrinks a weight towards zero; the raw weight of an orthogonal projector o
 Stiefel manifold, so there is nothing to shrink. A parameter says so by carrying ``_no_weight_decay = True``
 (what :class:`vkd_plugin.OrthogonalProjector` sets on its raw weight), because an optimizer is given tensors,
 not modules or names.
+
+Vision transformers are usually trained without decay of biases, normalisation and position tables as well. An optimizer
+of torchdistill's registry does so with ``weight_decay_of: 'matrices'`` among its arguments:
+
+.. code-block:: YAML
+
+    optimizer:
+      key: 'AdamW'
+      kwargs: {lr: 5.0e-4, weight_decay: 0.05, weight_decay_of: 'matrices'}
 """
 
 import functools
@@ -12,21 +21,43 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
+from .arguments import one_of
+
 NO_DECAY_MARK = "_no_weight_decay"
+DECAYED = ("all", "matrices")
+"""Choices of ``weight_decay_of``: everything but marked parameters; or also without what :func:`no_matrices` names."""
 
 
-def without_decay(params: Iterable[Any]) -> list[Any]:
-    """Optimizer parameter groups in which marked parameters have ``weight_decay=0``.
+def no_matrices(*models: nn.Module) -> set[int]:
+    """``id`` of each parameter with fewer than two dimensions, and of those in the models' ``no_weight_decay()``.
+
+    The latter is timm's convention for position tables and tokens; a module's names count from itself.
+    """
+    found = {id(p) for model in models for p in model.parameters() if p.ndim < 2}
+    for model in models:
+        for module in model.modules():
+            if callable(getattr(module, "no_weight_decay", None)):
+                own = dict(module.named_parameters())
+                names: set[str] = module.no_weight_decay()  # type: ignore[operator]
+                found |= {id(own[name]) for name in names if name in own}
+    return found
+
+
+def without_decay(params: Iterable[Any], exempt: Callable[[torch.Tensor], bool] | None = None) -> list[Any]:
+    """Optimizer parameter groups in which some parameters have ``weight_decay=0``.
 
     Args:
         params: what an optimizer takes: tensors, ``(name, tensor)`` pairs, or groups (dicts with ``params``).
             A group that names its own ``weight_decay`` is the user's explicit wish and stays as it is.
+        exempt: which parameters; by default those that are marked.
 
     Returns:
-        ``params`` as a list, unchanged where no parameter is marked; otherwise groups, each split in two.
+        ``params`` as a list, unchanged where no parameter is exempt; otherwise groups, each split in two.
     """
+    exempt = exempt or is_marked
     items = list(params)
     grouped = bool(items) and isinstance(items[0], dict)
     groups = items if grouped else [{"params": items}]
@@ -35,7 +66,7 @@ def without_decay(params: Iterable[Any]) -> list[Any]:
     for group in groups:
         members = group["params"]
         members = [members] if isinstance(members, torch.Tensor) else list(members)
-        marked = [m for m in members if getattr(_tensor(m), NO_DECAY_MARK, False)]
+        marked = [m for m in members if exempt(_tensor(m))]
         if not marked or "weight_decay" in group:
             split.append({**group, "params": members})
             continue
@@ -48,13 +79,39 @@ def without_decay(params: Iterable[Any]) -> list[Any]:
     return split if found or grouped else items
 
 
-def honouring_no_decay(optimizer: type[Optimizer]) -> Callable[..., Optimizer]:
-    """A factory with the signature of ``optimizer`` that keeps marked parameters out of weight decay."""
+def is_marked(parameter: torch.Tensor) -> bool:
+    """Whether a parameter carries the mark."""
+    return bool(getattr(parameter, NO_DECAY_MARK, False))
+
+
+def honouring_no_decay(
+    optimizer: type[Optimizer], models: Callable[[], Iterable[nn.Module]] = tuple
+) -> Callable[..., Optimizer]:
+    """A factory like ``optimizer`` that keeps parameters out of weight decay; see the module's docstring.
+
+    Args:
+        optimizer: the class.
+        models: gives those whose parameters are trained, for the names in their ``no_weight_decay()``.
+
+    Returns:
+        A function with the signature of ``optimizer`` and ``weight_decay_of``, one of DECAYED.
+    """
 
     @functools.wraps(optimizer, updated=())
-    def build(params: Iterable[Any], *args: Any, **kwargs: Any) -> Optimizer:
-        return optimizer(without_decay(params), *args, **kwargs)
+    def build(params: Iterable[Any], *args: Any, weight_decay_of: str = "all", **kwargs: Any) -> Optimizer:
+        exempt = is_marked
+        if one_of("weight_decay_of", weight_decay_of, DECAYED) == "matrices":
+            named = no_matrices(*models())
 
+            def exempt(parameter: torch.Tensor) -> bool:
+                return is_marked(parameter) or parameter.ndim < 2 or id(parameter) in named
+
+        return optimizer(without_decay(params, exempt), *args, **kwargs)
+
+    signature = inspect.signature(optimizer)
+    rule = inspect.Parameter("weight_decay_of", inspect.Parameter.KEYWORD_ONLY, default="all", annotation=str)
+    parameters = sorted([*signature.parameters.values(), rule], key=lambda parameter: parameter.kind)
+    build.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return build
 
 

@@ -6,7 +6,8 @@
 2. After ``DistillationBox.setup`` the frozen parts of the teacher are in evaluation mode and kept there.
    torchdistill leaves them in training mode, where BatchNorm statistics move.
 3. The optimizers in torchdistill's registry leave parameters that are marked ``_no_weight_decay`` out of weight
-   decay. Where none is marked they are built exactly as before.
+   decay, and take ``weight_decay_of: 'matrices'`` (:mod:`vkd_plugin.decay`). Where none is marked and nothing is
+   said they are built exactly as before.
 4. A hook path that leads nowhere is an error that names the nearest path. torchdistill says
    ``'NoneType' object has no attribute 'register_forward_hook'``.
 
@@ -87,6 +88,15 @@ def _found(extract: Callable[..., nn.Module | None]) -> Callable[..., nn.Module]
     return found
 
 
+def _trained_models() -> list[nn.Module]:
+    """The models of the box that is being set up."""
+    setup = current_setup()
+    if setup is None:
+        return []
+    models = [getattr(setup.box, name, None) for name in ("student_model", "teacher_model", "model")]
+    return [model for model in models if isinstance(model, nn.Module)]
+
+
 def install() -> None:
     """Applies the four changes; a second call does nothing."""
     for box in (DistillationBox, TrainingBox):
@@ -96,4 +106,4 @@ def install() -> None:
         util._extract_module = _found(util._extract_module)
     for key, optimizer in list(OPTIM_DICT.items()):
         if has_weight_decay(optimizer):
-            OPTIM_DICT[key] = honouring_no_decay(optimizer)
+            OPTIM_DICT[key] = honouring_no_decay(optimizer, _trained_models)

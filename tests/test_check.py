@@ -320,3 +320,16 @@ def test_what_fails_in_a_model_names_the_module() -> None:
     (problem,) = examine(VKD, ["models.student_model.kwargs.in_chans=3"]).problems
     assert str(problem).endswith("to have 3 channels, but got 1 channels instead (in module 'patch_embed.proj')")
     assert "models.student_model: RuntimeError" in str(problem)
+
+
+def test_a_file_that_forgets_the_plugin_is_warned(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(VKD.read_text().replace("dependencies: ['vkd_plugin']\n", ""))
+    facts = examine(file)
+    assert facts.problems == []
+    (warning,) = facts.warnings
+    assert warning.endswith("is this plugin's: torchdistill's own scripts need dependencies: ['vkd_plugin']")
+
+
+def test_weights_to_be_downloaded_for_a_stage_are_not_asked_for() -> None:
+    assert examine(VKD, ["train.teacher.src_ckpt=https://example.org/x.pt"]).problems == []

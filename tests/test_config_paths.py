@@ -80,3 +80,8 @@ def test_what_is_saved_and_compared_is_what_is_written(tmp_path: Path, monkeypat
     assert os.environ["DATA"] not in first.dump()
     monkeypatch.setenv("DATA", str(tmp_path / "other"))
     assert load_experiment(DISTILL, [f"{CKPT}=${{DATA}}/teacher.pt"]).digest() == first.digest()
+
+
+def test_a_variable_is_not_sent_to_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigErrors, match="an environment variable cannot stand in a URL"):
+        load_experiment(DISTILL, [f"{CKPT}=https://example.org/${{DATA}}"])

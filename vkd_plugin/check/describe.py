@@ -19,7 +19,7 @@ def features(box: EngineBox, watched: Watched) -> list[FeatureFacts]:
     projected = dict(getattr(wrapper, "features", {}).items()) if wrapper is not None else {}
     found = []
     for side, hooked in watched.io.items():
-        for path, io in hooked.items():
+        for path, io in sorted(hooked.items()):  # torchdistill hooks a set
             for kind, value in io.items():
                 if path == "." and kind == "input":
                     continue

@@ -83,6 +83,9 @@ class Attempt:
             config: dict[str, Any] = {}
             for number, section in enumerate(stage_sections(train), 1):
                 config = {**config, **_copied(section)}  # a later stage keeps what it does not name
+                for side in ("teacher", "student", "model"):
+                    if is_url((config.get(side) or {}).get("src_ckpt") or ""):
+                        config[side]["src_ckpt"] = None
                 path = ("train", f"stage{number}") if is_staged(train) else ("train",)
                 Stage(self.notes, self.contents, config, path, teacher, student).run()
                 if self.facts.problems:

@@ -66,7 +66,7 @@ def _print_stage(console: Console, stage: StageFacts) -> None:
                 stage.optimizer if i == 0 else "",
                 f"lr {g.lr:.3g}",
                 _decay(g.weight_decay),
-                f"{g.tensors} tensors, {g.parameters:,} numbers",
+                f"{_count(g.tensors, 'tensor')}, {g.parameters:,} numbers",
             )
             for i, g in enumerate(stage.groups)
         ],
@@ -76,7 +76,7 @@ def _print_stage(console: Console, stage: StageFacts) -> None:
         _section(console, "schedule", [(stage.scheduler, curve(rates) if rates else "", _course(rates))])
     steps = "?" if stage.steps_per_epoch is None else f"{stage.steps_per_epoch:,}"
     size = f" x {stage.batch_size} samples" if stage.batch_size else ""
-    _section(console, "training", [(f"{stage.epochs} epochs x {steps} steps{size}, per process",)])
+    _section(console, "training", [(f"{_count(stage.epochs, 'epoch')} x {steps} steps{size}, per process",)])
     if stage.memory:
         _section(console, "memory", [(_memory(stage.memory),)])
 
@@ -116,6 +116,10 @@ def _samples(length: int | None) -> str:
 
 def _decay(decay: float | None) -> str:
     return "" if decay is None else f"weight decay {decay:g}"
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"
 
 
 def _course(rates: Sequence[float] | None) -> str:

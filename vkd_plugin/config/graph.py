@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import yaml
@@ -22,6 +23,7 @@ from vkd_plugin.config.source import STR_TAG, place
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.suggest import nearest
 
+_URL_WITH_VARIABLE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://.*\$\{")
 MERGE_TAG = "tag:yaml.org,2002:merge"
 MAX_NODES = 200_000
 MAX_DEPTH = 100
@@ -69,6 +71,8 @@ def check_graph(root: yaml.Node, problems: Problems) -> None:
 def _unreadable(node: yaml.ScalarNode) -> str | None:
     """Why a scalar has no value: a date such as 2020-99-99, or ``!!int x``."""
     if node.tag == STR_TAG:
+        if _URL_WITH_VARIABLE.match(node.value):
+            return "an environment variable cannot stand in a URL, to which it would be sent"
         name = unset_variable(node.value)
         return f"environment variable '{name}' is not set (a default: ${{{name}:-...}})" if name else None
     if node.tag == MERGE_TAG:

@@ -114,6 +114,25 @@ def check_references(root: yaml.MappingNode, found: list[Found], problems: Probl
             elif name not in NAMES[str(spec.role)]:
                 message = f"no {spec.role} '{name}'{nearest(name, NAMES[str(spec.role)])}"
                 problems.add(message, reference.where, reference.path)
+    _warn_of_missing_dependency(root, found, problems)
+
+
+def _warn_of_missing_dependency(root: yaml.MappingNode, found: list[Found], problems: Problems) -> None:
+    """run.py has this package imported; torchdistill's own scripts import what the file asks for."""
+    plugin = __name__.partition(".")[0]
+    if any(name.partition(".")[0] == plugin for name, _, _ in dependencies(root)):
+        return
+    for reference in found:
+        kind = COMPONENTS.get(str(getattr(reference.spec, "component", None)))
+        if kind is None or not isinstance(reference.node, yaml.MappingNode):
+            continue
+        present = entries(reference.node)
+        key = plain_value(present["key"][1]) if "key" in present else None
+        target = next((registry[key] for registry in kind.registries if isinstance(key, str) and key in registry), None)
+        if target is not None and str(inspect.unwrap(target).__module__).startswith(f"{plugin}."):
+            message = f"'{key}' is this plugin's: torchdistill's own scripts need dependencies: ['{plugin}']"
+            problems.warn(message, entry_place(*present["key"]), (*reference.path, "key"))
+            return
 
 
 # --- components ---------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ class Notes:
 
     def _refused(self, error: ConfigError, path: tuple[str | int, ...]) -> ConfigError | None:
         """The error at the argument below ``path`` that a class does not take, if that is what ``error`` is about."""
-        cause = error.__cause__
+        cause = error.__context__  # not __cause__: that is changed on the way
         found = refused_argument(cause) if isinstance(cause, TypeError) else None
         if found is None:
             return None

@@ -124,7 +124,9 @@ class Stage:
                 place = place_in_stage(error, self.teacher is not None)
                 names: list[Any] | None = None
                 if isinstance(error, BadValue):
-                    place = place if _holds(self._section(place), error.value) else ()
+                    # A wrapper reads what its projectors lead to as well.
+                    places = (at for at in (place, ("criterion",)) if _holds(self._section(at), error.value))
+                    place = next(places, place)
                     names = _list_with(self._section(place), error.value)
                 with self.notes.collecting(*self.path, *place):
                     raise
@@ -238,7 +240,8 @@ class Stage:
         modules = _common_modules(idle, everything)
         taught = self.teacher is not None and [module for module in modules if module.split(".")[0] == "teacher"]
         if taught:
-            message = f"the teacher is not frozen, and the loss sends no gradient to {_listed(taught)}"
+            whom = "it" if taught == ["teacher"] else _listed(taught)
+            message = f"the teacher is not frozen, and the loss sends no gradient to {whom}"
             given = ["requires_grad"] if "requires_grad" in self.config["teacher"] else []
             self.notes.problem(f"{message}: set requires_grad to False", *self.path, "teacher", *given)
         elif modules:
@@ -282,11 +285,11 @@ class Stage:
                     outputs = model(validated[0])
                 facts.flops = flops.get_total_flops() // len(validated[0])
                 if section == student:
-                    self._check_classes(logits(outputs).shape[1], trained[1], section)
+                    self._check_classes(logits(outputs).shape[1], section)
                 if _size(trained[0]) != _size(validated[0]):
                     model(trained[0])
 
-    def _check_classes(self, outputs: int, labels: Any, section: str) -> None:
+    def _check_classes(self, outputs: int, section: str) -> None:
         name = str(self.config["train_data_loader"]["dataset_id"])
         classes = classes_of(self.datasets[name])
         if classes is not None and classes > outputs:

@@ -110,8 +110,10 @@ def length_of(dataset: Any, name: str) -> int | None:
 
 def classes_of(dataset: Any) -> int | None:
     """The number of classes that a data set's labels tell; None where they do not."""
-    for part in ("classes", "targets"):
+    for part in ("classes", "targets", "num_classes"):
         values = getattr(dataset, part, None)
+        if part == "num_classes" and isinstance(values, int):  # FakeData
+            return values
         if part == "classes" and isinstance(values, list | tuple):
             return len(values)
         if isinstance(values, torch.Tensor | np.ndarray) and values.ndim == 1 and len(values):

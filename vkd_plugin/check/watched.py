@@ -85,8 +85,10 @@ class Watched(nn.Module):
             try:
                 value = term(*args)
             except NotHookedError as error:
-                section = self._notes.below(path)
-                raise self._notes.experiment.error(error.message, *path, *place_of_read(section, error)) from error
+                place = place_of_read(self._notes.below(path), error)
+                is_there = bool(self.io[error.side])  # of a model that is there, at least the output is hooked
+                message = error.message if is_there else f"the loss reads the {error.side}, and there is none"
+                raise self._notes.experiment.error(message, *path, *place) from error
             except (RuntimeError, TypeError, IndexError) as error:
                 if not isinstance(error, NEEDS_CONTENTS) and len(error.args) == 1:
                     targets = [f"targets {_shape(arg)}" for arg in args[2:3] if isinstance(arg, Tensor)]

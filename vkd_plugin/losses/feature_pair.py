@@ -38,7 +38,7 @@ class NotHookedError(ConfigError):
             hint = f" (did you mean '{near}'?)" if near else ""
             message = (
                 f"the loss reads module '{module}' of the {side}, which is not hooked{hint}; "
-                f"hooked: {', '.join(hooked)}"
+                f"hooked: {', '.join(sorted(hooked, key=lambda path: (path == '.', path)))}"
             )
         else:
             message = (

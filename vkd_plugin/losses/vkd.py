@@ -112,6 +112,6 @@ def check_rows(student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"student and teacher must have the same rows, got {shapes}: their readouts do not match")
     if student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"student and teacher must have the same channels, got {shapes}: the student needs a projector "
-            f"(OrthogonalProjector(in_features={student.shape[1]}, out_features={teacher.shape[1]}))"
+            f"student and teacher must have the same channels, got {shapes}: the student needs a projector with "
+            f"out_features={teacher.shape[1]}"
         )

@@ -2,7 +2,7 @@
 
 from torchdistill.models.registry import register_adaptation_module, register_auxiliary_model_wrapper
 
-from . import datasets, host, models  # noqa: F401 - datasets and models register themselves
+from . import datasets, host, models, schedules  # noqa: F401 - these register themselves
 from .losses import registration  # noqa: F401 - so do losses and their wrappers
 from .normalization import Normalization
 from .projectors import PROJECTORS

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from ..random_state import generators_restored
 from .batches import two_samples
 from .facts import DataFacts, Facts, ModelFacts
 from .fake import Contents
+from .made import misfits
 from .noting import NeedsContents, NeedsGPU, Notes
 from .offline import offline
 from .places import leaves
@@ -68,12 +70,14 @@ class Attempt:
         train: dict[str, Any] = self.experiment.data["train"]
         self.facts.extras = [f"{name}: {_said(train[name])}" for name in ENGINE if train.get(name)]
         with offline(), generators_restored(), ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
             # What they say of a step is said once it is taken; torch's prints a stack for shapes that do not fit.
             for name in ("torchdistill", "torch._subclasses.fake_tensor"):
                 logger = logging.getLogger(name)
                 stack.callback(logger.setLevel, logger.level)
                 logger.setLevel(logging.CRITICAL)
-            self._look_for_blanks()
+            self._look_at_values()
             if self.facts.problems:
                 return
             teacher, student = self._models()
@@ -93,11 +97,14 @@ class Attempt:
             tested = self.experiment.data["test"]["test_data_loader"]
             two_samples(self.experiment.data["datasets"], tested, False, self.notes, "test", "test_data_loader")
 
-    def _look_for_blanks(self) -> None:
-        """What ``run.py list`` prints has places to fill in."""
+    def _look_at_values(self) -> None:
+        """What ``run.py list`` prints has places to fill in; what tags have made may not be what it was to be."""
         for path, value in leaves(self.experiment.data):
             if is_left_open(value):
                 self.notes.problem(f"'{value}' is to be replaced by a value", *path)
+        if not self.facts.problems:
+            for message, path in misfits(self.experiment):
+                self.notes.problem(message, *path)
 
     def _models(self) -> tuple[nn.Module | None, nn.Module | None]:
         built: list[nn.Module | None] = []

@@ -112,7 +112,8 @@ def check_references(root: yaml.MappingNode, found: list[Found], problems: Probl
                     message = f"no dataset '{name}' under datasets{nearest(name, dataset_ids)}"
                     problems.add(message, reference.where, reference.path)
             elif name not in NAMES[str(spec.role)]:
-                message = f"no {spec.role} '{name}'{nearest(name, NAMES[str(spec.role)])}"
+                known = [key for key in NAMES[str(spec.role)] if isinstance(key, str)]  # objects may be keys too
+                message = f"no {spec.role} '{name}'{nearest(name, known)}"
                 problems.add(message, reference.where, reference.path)
     _warn_of_missing_dependency(root, found, problems)
 

@@ -89,7 +89,7 @@ def _same_kind(spec: Spec, node: yaml.Node) -> bool:
     if isinstance(spec, Items):
         return isinstance(node, yaml.SequenceNode) and node.tag not in TEXT_TAGS
     # Options of one kind are told apart by their values: a flag or a mode.
-    return _fits(spec, plain_value(node))
+    return fits_value(spec, plain_value(node))
 
 
 def is_left_open(value: object) -> bool:
@@ -99,7 +99,7 @@ def is_left_open(value: object) -> bool:
 
 def fits(spec: Spec, node: yaml.Node) -> bool:
     """Whether a scalar is, or may turn out to be, what ``spec`` asks for."""
-    return _fits(spec, plain_value(node))
+    return fits_value(spec, plain_value(node))
 
 
 def mismatch(spec: Spec, node: yaml.Node) -> str:
@@ -115,7 +115,8 @@ def mismatch(spec: Spec, node: yaml.Node) -> str:
         hint = f"; write ['{value}']"
     elif isinstance(spec, Section) and (names := [*(spec.required or spec.keys)][:3]):
         hint = f"; write {{{', '.join(f'{name}: ...' for name in names)}}}"
-    return f"expected {spec.expected}, got {describe(node)}{hint}"
+    shown = "a list" if isinstance(node, yaml.SequenceNode) and node.tag not in TEXT_TAGS else describe(node)
+    return f"expected {spec.expected}, got {shown}{hint}"
 
 
 def _options(spec: Spec) -> tuple[Spec, ...]:
@@ -154,7 +155,7 @@ class _Checker:
             spec = with_arguments(spec, node)
         if node.tag not in TEXT_TAGS:
             self._visit_content(node, spec, path, where)
-        elif not _fits(spec, plain_value(node)) or isinstance(spec, Section | Named | Items):
+        elif not fits_value(spec, plain_value(node)) or isinstance(spec, Section | Named | Items):
             self._mismatch(node, spec, path, where)
 
     def _visit_content(self, node: yaml.Node, spec: Spec, path: KeyPath, where: str) -> None:
@@ -170,7 +171,9 @@ class _Checker:
         elif isinstance(spec, Items) and isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self.visit(item, spec.item, (*path, index), place(item.start_mark))
-        elif not _fits(spec, node.value if node.tag in TAGS else plain_value(node)):
+        elif not isinstance(node, yaml.ScalarNode) or not fits_value(
+            spec, node.value if node.tag in TAGS else plain_value(node)
+        ):
             self._mismatch(node, spec, path, where)
 
     def _visit_section(self, node: yaml.MappingNode, spec: Section, path: KeyPath, where: str) -> None:
@@ -238,7 +241,7 @@ def _shared(path: KeyPath, other: KeyPath) -> int:
     return next((i for i, (a, b) in enumerate(zip(path, other, strict=False)) if a != b), min(len(path), len(other)))
 
 
-def _fits(spec: Spec, value: Any) -> bool:
+def fits_value(spec: Spec, value: Any) -> bool:
     """Whether the value of a scalar is, or may turn out to be, what ``spec`` asks for."""
     if value is OPAQUE or isinstance(spec, Anything) or is_left_open(value):
         return True

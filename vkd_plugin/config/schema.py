@@ -214,6 +214,7 @@ ENGINE: dict[str, Spec] = {
     ),
     "skip_nonfinite": AMOUNT,
     "deterministic": Flag(),
+    "batch_size_is_global": Flag(),
 }
 """What the engine of this package reads under ``train``; torchdistill does not."""
 

@@ -81,6 +81,43 @@ def stage_sections(train_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [section for name, section in train_config.items() if name.startswith("stage") and name[5:].isdigit()]
 
 
+def for_processes(experiment: Experiment, world_size: int) -> dict[str, Any]:
+    """The ``train`` section, its batch sizes divided among the processes if ``batch_size_is_global``.
+
+    Raises:
+        ConfigError: a batch size that cannot be divided evenly, at its line.
+    """
+    train: dict[str, Any] = experiment.data["train"]
+    if not train.get("batch_size_is_global") or world_size == 1:
+        return train
+
+    def divided(options: Mapping[str, Any], *place: str) -> dict[str, Any]:
+        size = options.get("batch_size") or 1
+        if size % world_size:
+            message = f"batches of {size} cannot be divided among {world_size} processes (batch_size_is_global)"
+            raise experiment.error(message, *place, "batch_size")
+        return {**options, "batch_size": size // world_size}
+
+    def shared(section: Mapping[str, Any], *path: str) -> dict[str, Any]:
+        loader = {**(section.get("train_data_loader") or {})}
+        place = (*path, "train_data_loader")
+        if sampler := loader.get("batch_sampler"):
+            loader["batch_sampler"] = {
+                **sampler,
+                "kwargs": divided(sampler["kwargs"], *place, "batch_sampler", "kwargs"),
+            }
+        elif loader:
+            loader["kwargs"] = divided(loader["kwargs"], *place, "kwargs")
+        return {**section, "train_data_loader": loader}
+
+    if not is_staged(train):
+        return shared(train, "train")
+    return {
+        name: shared(section, "train", name) if name.startswith("stage") and isinstance(section, dict) else section
+        for name, section in train.items()
+    }
+
+
 def build_model(experiment: Experiment, section: str, device: torch.device, distributed: bool) -> nn.Module:
     """The model of ``models.<section>``: torchvision's by name, else from torchdistill's registry, else the hub.
 

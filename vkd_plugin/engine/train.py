@@ -26,7 +26,7 @@ from ..tasks.classification import Classification
 from ..teacher import state_digest
 from .board import Board
 from .box import EngineBox, build_box
-from .build import blame
+from .build import blame, for_processes
 from .ema import StudentEMA
 from .guard import weights_are_finite
 from .loaders import (
@@ -90,7 +90,7 @@ class Trainer:
         stop: StopRequest | None = None,
     ) -> None:
         self.experiment = experiment
-        self.config: dict[str, Any] = experiment.data["train"]
+        self.config: dict[str, Any] = for_processes(experiment, processes.world_size)
         self.teacher = teacher
         self.processes = processes
         self.folder = folder

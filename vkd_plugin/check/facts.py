@@ -80,6 +80,8 @@ class StageFacts:
     name: str | None
     epochs: int
     batch_size: int | None = None
+    batch_is_global: bool = False
+    """Whether all processes share it."""
     steps_per_epoch: int | None = None
     features: list[FeatureFacts] = field(default_factory=list)
     terms: list[TermFacts] = field(default_factory=list)

@@ -76,7 +76,8 @@ def _print_stage(console: Console, stage: StageFacts) -> None:
         _section(console, "schedule", [(stage.scheduler, curve(rates) if rates else "", _course(rates))])
     steps = "?" if stage.steps_per_epoch is None else f"{stage.steps_per_epoch:,}"
     size = f" x {stage.batch_size} samples" if stage.batch_size else ""
-    _section(console, "training", [(f"{_count(stage.epochs, 'epoch')} x {steps} steps{size}, per process",)])
+    whose = "in all" if stage.batch_is_global else "per process"
+    _section(console, "training", [(f"{_count(stage.epochs, 'epoch')} x {steps} steps{size}, {whose}",)])
     if stage.memory:
         _section(console, "memory", [(_memory(stage.memory),)])
 

@@ -1,7 +1,21 @@
-"""Models, registered with torchdistill."""
+"""Models, registered with torchdistill (the DeiT students with timm too)."""
 
+from .deit import (
+    deit_base_distilled_conv_patch16_224,
+    deit_small_distilled_conv_patch16_224,
+    deit_tiny_distilled_conv_patch16_224,
+)
 from .small import digits_cnn, digits_vit
 from .timm_bridge import timm_model
 from .weights import fit_weights, load_weights
 
-__all__ = ["digits_cnn", "digits_vit", "fit_weights", "load_weights", "timm_model"]
+__all__ = [
+    "deit_base_distilled_conv_patch16_224",
+    "deit_small_distilled_conv_patch16_224",
+    "deit_tiny_distilled_conv_patch16_224",
+    "digits_cnn",
+    "digits_vit",
+    "fit_weights",
+    "load_weights",
+    "timm_model",
+]

@@ -14,7 +14,7 @@ STAGED = Path(__file__).parent / "data" / "configs" / "staged.yaml"
 
 
 def experiment(*overrides: str, path: Path = VKD) -> Experiment:
-    return load_experiment(path, [*overrides, "train.batch_size_is_global=True"])
+    return load_experiment(path, [*overrides, "train.global_batch=True"])
 
 
 def test_a_global_batch_is_divided() -> None:

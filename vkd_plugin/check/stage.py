@@ -100,7 +100,7 @@ class Stage:
         if (loader.get("batch_sampler") or {}).get("kwargs"):
             size = loader["batch_sampler"]["kwargs"].get("batch_size", size)
         self.facts.batch_size = size if isinstance(size, int) else None
-        self.facts.batch_is_global = bool(self.notes.experiment.data["train"].get("batch_size_is_global"))
+        self.facts.batch_is_global = bool(self.notes.experiment.data["train"].get("global_batch"))
         name = str(loader["dataset_id"])
         length = length_of(self.datasets[name], name)
         if length is not None and self.facts.batch_size:

@@ -214,7 +214,7 @@ ENGINE: dict[str, Spec] = {
     ),
     "skip_nonfinite": AMOUNT,
     "deterministic": Flag(),
-    "batch_size_is_global": Flag(),
+    "global_batch": Flag(),
 }
 """What the engine of this package reads under ``train``; torchdistill does not."""
 

@@ -82,19 +82,19 @@ def stage_sections(train_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def for_processes(experiment: Experiment, world_size: int) -> dict[str, Any]:
-    """The ``train`` section, its batch sizes divided among the processes if ``batch_size_is_global``.
+    """The ``train`` section, its batch sizes divided among the processes if ``global_batch``.
 
     Raises:
         ConfigError: a batch size that cannot be divided evenly, at its line.
     """
     train: dict[str, Any] = experiment.data["train"]
-    if not train.get("batch_size_is_global") or world_size == 1:
+    if not train.get("global_batch") or world_size == 1:
         return train
 
     def divided(options: Mapping[str, Any], *place: str) -> dict[str, Any]:
         size = options.get("batch_size") or 1
         if size % world_size:
-            message = f"batches of {size} cannot be divided among {world_size} processes (batch_size_is_global)"
+            message = f"batches of {size} cannot be divided among {world_size} processes (global_batch)"
             raise experiment.error(message, *place, "batch_size")
         return {**options, "batch_size": size // world_size}
 

@@ -325,3 +325,32 @@ def test_a_mutated_experiment_is_sound_or_refused(text: str, tmp_path: Path) -> 
 @given(text=mutated())
 def test_many_mutated_experiments_are_sound_or_refused(text: str, tmp_path: Path) -> None:
     holds(text, tmp_path / "x.yaml")
+
+
+# What is no mistake.
+
+SOUND = [
+    ("vkd", "lr: 2.0e-3, weight_decay: 0.05", "lr: 1, weight_decay: 0, eps: 1, amsgrad: True"),
+    ("vkd", "{lr: 2.0e-3,", "{lr: 2.0e-3, fused: null, betas: [0.9, 0.95],"),
+    ("vkd", "        features:\n", "        _why: 1e-4\n        features:\n"),
+    ("vkd", "          weight: 4.0", "          weight: 0"),
+    ("vkd", "orthogonal_map: 'matrix_exp'}", "in_features: 48, out_features: 128, bias: True}"),
+    ("vkd", "projector: {key: 'OrthogonalProjector', orthogonal_map: 'matrix_exp'}", "projector:"),
+    ("vkd", "readout: 'mean_patch_tokens'", "readout: 'mean_patch_tokens'\n            num_prefix_tokens: 2"),
+    ("vkd", "{temperature: 1.0}", "{}"),
+    ("ce", "    forward_proc", "    frozen_modules: ['pos_embed', 'instance(LayerNorm)']\n    forward_proc"),
+    ("ce", "'CrossEntropyLoss', kwargs: {}", "'CrossEntropyLoss', kwargs: {weight: , label_smoothing: 0}"),
+    ("hosted", "- module: 'stem'", "- module: 'stem.0'\n      - module: 'stem.1.0.weight'\n      - module: 'stem.1.1'"),
+    ("hosted", "{T_max: 2}", "{T_max: 2, eta_min: 0}"),
+    ("images", "10\n      img_size: 64", "12\n      img_size: [64, 64]\n      drop_path_rate: 0"),
+]
+
+
+@pytest.mark.parametrize(("base", "old", "new"), SOUND)
+def test_what_is_sound_is_not_refused(base: str, old: str, new: str, tmp_path: Path) -> None:
+    text = BASES[base].read_text("utf-8")
+    assert old in text
+    path = tmp_path / "x.yaml"
+    path.write_text(text.replace(old, new, 1), "utf-8")
+    facts = examine(path)
+    assert (facts.problems, facts.warnings) == ([], [])

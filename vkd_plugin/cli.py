@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = _Parser(
         prog="run.py",
         description="Train and test the experiment that a YAML file describes.",
-        epilog="Also: run.py check|list|table|report --help.",
+        epilog="Also: run.py check|list|table|report|export --help.",
         allow_abbrev=False,
     )
     add = p.add_argument
@@ -173,7 +173,24 @@ def _report(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-_COMMANDS = {"check": _check, "list": _list, "table": _table, "report": _report}
+def _export(argv: Sequence[str]) -> int:
+    p = _Parser(prog="run.py export", description="Write a run's student as safetensors with config and model card.")
+    add = p.add_argument
+    add("run", metavar="RUN", help="output folder of a run")
+    add("--to", required=True, metavar="DIR", help="the folder to make")
+    add("--checkpoint", default="best", metavar="best|last|PATH", help="which weights (default: best)")
+    add("--ema", action="store_true", help="the EMA's weights")
+    add("--onnx", action="store_true", help="write model.onnx as well, proved equal on onnxruntime")
+    add("--opset", type=int, metavar="N", help="of ONNX (default: the exporter's)")
+    _add_trust(p)
+    options = p.parse_args(argv)
+    from .export import export_run
+
+    print(export_run(**vars(options)))
+    return EXIT_DONE
+
+
+_COMMANDS = {"check": _check, "list": _list, "table": _table, "report": _report, "export": _export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

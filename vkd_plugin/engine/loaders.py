@@ -13,6 +13,7 @@ Sections and keys keep torchdistill's meaning (``dataset_id``, ``dataset_wrapper
 """
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -40,7 +41,15 @@ from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from ..errors import UserError
 from ..models.weights import first_line
 from ..suggest import nearest
-from .randomness import AddressedBatches, AddressedCollator, AddressedDataset, addressed, stable_hash
+from .randomness import (
+    AddressedBatches,
+    AddressedCollator,
+    AddressedDataset,
+    Repeated,
+    addressed,
+    stable_hash,
+)
+from .reports import ReportingLoader
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +58,8 @@ class EpochSampler(Sampler[Any]):
     """One process's part of a sampler's order, which depends on ``(seed, epoch)`` only.
 
     Rank r takes every W-th index from the r-th on, so the batches that W ranks take at one step are together
-    a stretch of the order, the same stretch for any W of one global batch size.
+    a stretch of the order, the same stretch for any W of one global batch size. An index that the sampler repeats
+    is :class:`~vkd_plugin.engine.randomness.Repeated` from its second time on.
 
     Args:
         sampler: the order of a whole epoch; may draw from the global generators, which are addressed.
@@ -81,7 +91,7 @@ class EpochSampler(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         with addressed(self.seed, "order", self.epoch):
-            order = list(self.sampler)
+            order = Repeated.numbered(list(self.sampler))
         if self.pad:
             order = list(islice(cycle(order), len(order) + self._missing(self.first, len(order))))
         return iter(order[self.first + self.rank :: self.world_size])
@@ -130,6 +140,9 @@ def build_loader(
         raise UserError(f"{type(dataset).__name__} is iterable; samples need an index (a map-style data set)")
     if config.get("cache_output"):
         logger.warning("cache_output is ignored: torchdistill has had no cache of outputs since 1.1.5")
+    folder = str(getattr(dataset, "root", ""))
+    if train and rank == 0 and os.path.basename(folder) in ("val", "valid", "validation"):
+        logger.warning("the training images are those of '%s': are train and val exchanged?", folder)
     wrapped = wrapped_dataset(dataset, config)
     sampler = EpochSampler(_sampler(wrapped, config, train), seed, rank, world_size, pad=train)
     options = {**(config.get("kwargs") or {})}
@@ -140,7 +153,7 @@ def build_loader(
         options.setdefault("persistent_workers", True)
     # A generator of its own, as the loader would draw its workers' seed from the global one.
     options.setdefault("generator", torch.Generator().manual_seed(stable_hash(seed, "workers", rank)))
-    return DataLoader(
+    return ReportingLoader(
         AddressedDataset(wrapped, seed),
         batch_sampler=AddressedBatches(batches, seed),
         collate_fn=AddressedCollator(collate or default_collate, seed, rank),
@@ -273,6 +286,9 @@ def batches_of(loader: DataLoader[Any], deaths_allowed: int = 3) -> Iterator[Any
                     yield batch
                     done += 1
                 return
+            except UserError:
+                loader._iterator = None  # persistent workers end with the error, not when garbage is collected
+                raise
             except (RuntimeError, OSError, EOFError) as error:
                 if not _is_death(error, iterator):
                     raise

@@ -3,7 +3,7 @@
 What is drawn depends on where it is drawn, never on what was drawn before::
 
     sample order         f(seed, epoch)
-    a sample's transform f(seed, epoch, sample index)
+    a sample's transform f(seed, epoch, sample index), and how often it has come before, if a sampler repeats it
     a batch's mixing     f(seed, epoch, batch of the epoch, rank)
 
 So a run that goes on from a checkpoint draws what it would have drawn, any number of loader workers draws the
@@ -25,9 +25,12 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler, get_worker_info
 
+from ..datasets.unreadable import replacements
+from ..errors import UserError
 from ..random_state import generators_restored
+from .reports import Report
 
 
 def stable_hash(*address: str | SupportsIndex) -> int:
@@ -132,6 +135,33 @@ class AddressedBatches(Sampler[Any]):
         return len(self.batch_sampler)  # type: ignore[arg-type]
 
 
+class Repeated(int):
+    """A sample's index where it comes again in an epoch.
+
+    Attributes:
+        before: how often it has come, at least 1.
+    """
+
+    before: int
+
+    @classmethod
+    def numbered(cls, order: list[Any]) -> list[Any]:
+        """``order``, with what comes again told apart: augmented alike, it would only be shown twice."""
+        try:
+            indices = [operator.index(index) for index in order]
+        except TypeError:  # a batch sampler of the user's makes indices of them
+            return order
+        if len(set(indices)) == len(indices):
+            return order
+        seen: dict[int, int] = {}
+        for place, index in enumerate(indices):
+            before = seen[index] = seen.get(index, -1) + 1
+            if before:
+                again = order[place] = cls(index)
+                again.before = before
+        return order
+
+
 class AddressedDataset(Dataset[Any]):
     """A data set whose items depend on ``(seed, epoch, index)`` and nothing else.
 
@@ -158,11 +188,19 @@ class AddressedDataset(Dataset[Any]):
         """
         if not isinstance(batch, BatchAddress):
             return [self[index] for index in batch]
-        with generators_restored():  # once per batch, as saving them costs more than ten samples' seeds
-            return batch, [self._item(batch.epoch, index) for index in batch.indices]
+        # Once per batch, as saving the generators costs more than ten samples' seeds.
+        with generators_restored(), replacements() as replaced:
+            try:
+                samples = [self._item(batch.epoch, index) for index in batch.indices]
+            except UserError as error:
+                if get_worker_info() is None:
+                    raise
+                return Report(None, [], str(error))
+        return batch, samples, replaced
 
     def _item(self, epoch: int, index: Any) -> Any:
-        _seed_generators(stable_hash(self.seed, "sample", epoch, index))
+        again = (index.before,) if isinstance(index, Repeated) else ()
+        _seed_generators(stable_hash(self.seed, "sample", epoch, index, *again))
         return self.dataset[index]
 
     def __len__(self) -> int:
@@ -193,6 +231,10 @@ class AddressedCollator:
         self.rank = rank
 
     def __call__(self, fetched: Any) -> Any:
-        batch, samples = fetched  # as AddressedDataset.__getitems__ returns it
+        """A batch of what :meth:`AddressedDataset.__getitems__` returns, or a :class:`Report`."""
+        if isinstance(fetched, Report):
+            return fetched
+        batch, samples, replaced = fetched
         with addressed(self.seed, "batch", batch.epoch, batch.batch, self.rank):
-            return self.collate(samples)
+            collated = self.collate(samples)
+        return Report(collated, replaced) if replaced else collated

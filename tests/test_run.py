@@ -17,6 +17,7 @@ import torch
 
 import vkd_plugin
 from vkd_plugin.cli import main
+from vkd_plugin.datasets.tiny_imagenet import write_tree
 from vkd_plugin.engine.box import EngineBox
 from vkd_plugin.engine.records import MEASURED
 from vkd_plugin.engine.train import Trainer
@@ -426,9 +427,11 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureF
     assert f"error: --output {tmp_path}/file/run: cannot write there" in capfd.readouterr().err
 
 
-def test_shipped_configs_load_with_torchdistills_own_loader() -> None:
+def test_shipped_configs_load_with_torchdistills_own_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchdistill.common.yaml_util import load_yaml_file
 
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tree(tmp_path / "datasets" / "ilsvrc2012", classes=1000, train=1, val=1)
     for file in sorted(Path("configs").rglob("*.yaml")):
         if "tables" not in file.parts:
             config = load_yaml_file(str(file))

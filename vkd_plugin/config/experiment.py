@@ -126,6 +126,7 @@ def resolve(
     copied = unshare(root)
     assert isinstance(copied, yaml.MappingNode)
     check_graph(copied, problems)  # overrides bring nodes of their own
+    problems.raise_if_any()
     found = check_structure(copied, experiment(copied), problems)
     check_text(copied, trust or Trust(), problems)
     problems.raise_if_any()

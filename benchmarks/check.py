@@ -2,9 +2,9 @@
 
     python -m benchmarks.check [--rounds 5] [--json FILE]
 
-In one process, after a round that warms up: seconds from a file to its problems or its page, the median over rounds. In
-fresh processes: ``run.py check`` with all shipped experiments, and with one, start of Python and imports included. What
-the machine does besides shows in all of it, so the load average is printed too.
+In one process, after a round that warms up: from a file to its problems or its page. In fresh processes:
+``run.py check`` with all shipped experiments, and with one, start of Python and imports included. Printed are medians
+over the rounds: of the seconds by the clock, and of the processor's, which other programs on the machine disturb less.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,21 +31,40 @@ SHIPPED = sorted(
 )
 
 
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each call; the calls take turns, and a first round is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+class Taken(NamedTuple):
+    """Seconds by the clock, and of the processor."""
+
+    wall: float
+    cpu: float
+
+
+def now() -> Taken:
+    """Of this process and those that it has waited for."""
+    return Taken(time.perf_counter(), sum(os.times()[:4]))
+
+
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Taken]:
+    """What each call takes; the calls take turns, and a first round is not counted."""
+    times: dict[str, list[Taken]] = {name: [] for name in calls}
     for index in range(rounds + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = now()
             call()
+            end = now()
             if index:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+                times[name].append(Taken(end.wall - start.wall, end.cpu - start.cpu))
+    return {name: Taken(*map(statistics.median, zip(*taken, strict=True))) for name, taken in times.items()}
 
 
 def command(*paths: str) -> None:
     """``run.py check`` in a process of its own."""
     subprocess.run([sys.executable, "run.py", "check", *paths], check=True, stdout=subprocess.DEVNULL)
+
+
+def show(title: str, taken: dict[str, Taken]) -> None:
+    print(f"{title:64}{'seconds':>9}{'cpu':>9}")
+    for name, (wall, cpu) in taken.items():
+        print(f"{name:64}{wall:9.3f}{cpu:9.3f}")
 
 
 def main() -> None:
@@ -72,21 +92,14 @@ def main() -> None:
         "torch": str(torch.__version__),
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
-    print(f"{'a fresh run.py check':64}{'seconds':>9}")
-    for name, seconds in commands.items():
-        print(f"{name:64}{seconds:9.2f}")
-    print(f"{'in one process: shipped experiments':64}{'seconds':>9}")
-    for name, seconds in shipped.items():
-        print(f"{name:64}{seconds:9.3f}")
-    slowest = sorted(mistakes.items(), key=lambda item: -item[1])
-    print(f"{f'in one process: {len(mistakes)} mistakes':64}{'seconds':>9}")
-    print(f"{'median':64}{statistics.median(mistakes.values()):9.3f}")
-    print(f"{'sum':64}{sum(mistakes.values()):9.3f}")
-    for name, seconds in slowest:
-        print(f"{name:64}{seconds:9.3f}")
+    show("a fresh run.py check", commands)
+    show("in one process: shipped experiments", shipped)
+    show(f"in one process: {len(mistakes)} mistakes", dict(sorted(mistakes.items(), key=lambda item: -item[1].cpu)))
+    show("of these", {"median": Taken(*map(statistics.median, zip(*mistakes.values(), strict=True)))})
     if args.json:
         results = {"commands": commands, "shipped": shipped, "mistakes": mistakes}
-        args.json.write_text(json.dumps({**setting, "results": results}, indent=2) + "\n")
+        named = {kind: {name: t._asdict() for name, t in taken.items()} for kind, taken in results.items()}
+        args.json.write_text(json.dumps({**setting, "results": named}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from vkd_plugin.datasets.tiny_imagenet import write_tree
 from vkd_plugin.engine.loaders import (
     Position,
 )
-from vkd_plugin.errors import BadValue
+from vkd_plugin.engine.train import Trainer
+from vkd_plugin.errors import BadValue, UserError
 
 START = Position()
 
@@ -330,16 +331,17 @@ def run(tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     monkeypatch.setenv("TINY_IMAGENET", str(tree))
     (tree.parent / "tiny.yaml").write_text(EXPERIMENT)
 
-    def start(*overrides: str) -> tuple[int, str, dict[str, Any]]:
+    def start(*overrides: str, flags: tuple[str, ...] = ()) -> tuple[int, str, dict[str, Any]]:
         sets = [argument for override in overrides for argument in ("--set", override)]
-        code = main(["--config", "tiny.yaml", "--output", "run", "--device", "cpu", *sets])
+        code = main(["--config", "tiny.yaml", "--output", "run", "--device", "cpu", *sets, *flags])
         file = Path("run/metrics.jsonl")
         record = json.loads(file.read_text()) if file.exists() and file.read_text() else {}
-        return code, capfd.readouterr().err, {k: record[k] for k in ("loss", "val/loss") if k in record}
+        return code, capfd.readouterr().err, {k: record[k] for k in FIGURES if k in record}
 
     return start
 
 
+FIGURES = ("loss", "val/loss", "unreadable_images")
 WORKERS = "train.train_data_loader.kwargs.num_workers=2"
 SKIP = "datasets.tiny/train.init.kwargs.on_error=skip"
 
@@ -366,9 +368,33 @@ def test_a_truncated_image_is_skipped_and_counted(run: Callable[..., Any], tree:
     path = truncate(tree / "train" / "n90000000" / "n90000000_0.JPEG")  # the sample that is tried before training
     code, err, figures = run(SKIP)
     assert code == 0
+    assert figures["unreadable_images"] == 2
     assert len(re.findall(rf"{path}: cannot be read as an image: .*_1.JPEG takes its place", err)) > 0
     assert "n90000001_4.JPEG: cannot be read" in Path("run/log.txt").read_text()
     assert run(SKIP, WORKERS)[::2] == (0, figures)
+
+
+def test_the_count_goes_on_within_an_epoch(
+    run: Callable[..., Any], tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        truncate(tree / "train" / "n90000001" / f"n90000001_{number}.JPEG")
+    saved = "train.checkpoint={every_steps: 1}"
+    whole = run(SKIP, saved)[2]
+    assert whole["unreadable_images"] == 4
+    step = Trainer._step
+
+    def interrupted(self: Trainer, *args: Any) -> None:
+        if self.step == 2:
+            raise UserError("interrupted")
+        step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", interrupted)
+        assert run(SKIP, saved)[0] == 2
+    code, err, figures = run(SKIP, saved, flags=("--resume", "auto"))
+    assert (code, figures) == (0, whole)
+    assert "after epoch 0 and 2 batches" in err
 
 
 @pytest.mark.parametrize(
@@ -385,7 +411,9 @@ def test_wrong_folders_end_a_run_at_their_line(
 ) -> None:
     code, err, _ = run("datasets.tiny/train.init.kwargs.root=imagenet", f"datasets.tiny/train.init.kwargs.{override}")
     assert code == 2
-    assert re.fullmatch(r"error: (tiny\.yaml:\d+:\d+|--set .*): .*\n", err)
+    line = r"error: (tiny\.yaml:\d+:\d+|--set .*): !import_call vkd_plugin\.datasets\.ImageFolder: '?.*\n"
+    assert re.fullmatch(line, err)
+    assert "BadValue" not in err
     assert message.replace("{}", str(tree)) in err
     assert not Path("run/metrics.jsonl").exists()
 

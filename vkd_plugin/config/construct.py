@@ -17,7 +17,7 @@ from vkd_plugin.config.nodes import ACTIVE_TAGS, TorchdistillLoader, children, e
 from vkd_plugin.config.problems import ConfigErrors
 from vkd_plugin.config.source import place, syntax_problem
 from vkd_plugin.config.trust import Trust, is_plain
-from vkd_plugin.errors import ConfigError
+from vkd_plugin.errors import BadValue, ConfigError, UserError
 from vkd_plugin.suggest import nearest
 
 Build: TypeAlias = Callable[[Callable[..., Any], list[Any], dict[str, Any]], Any]
@@ -162,7 +162,7 @@ def construct(root: yaml.Node, trust: Trust | None = None, build: Build = call) 
     except yaml.MarkedYAMLError as error:
         raise ConfigErrors([syntax_problem(error, root.start_mark.name, {})]) from None
     problems = [
-        ConfigError(f"{_title(node)}{_explain(error, node)}", place(node.start_mark)) for node, error in loader.failures
+        ConfigError(f"{_title(node)}{_explain(error, node)}", _place_of(error, node)) for node, error in loader.failures
     ]
     problems += _refused_entries(value, root, loader.trust)
     if problems:
@@ -233,7 +233,7 @@ def one_line(error: Exception) -> str:
         return text + nearest(error.name.rpartition(".")[2], _sibling_modules(error.name))
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: '{error.filename}'"  # without the [Errno 2]
-    if isinstance(error, OSError | ImportError | AttributeError | Refused) and text:
+    if isinstance(error, OSError | ImportError | AttributeError | Refused | UserError | BadValue) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -250,6 +250,17 @@ def _explain(error: Exception, node: yaml.Node) -> str:
     except Exception:  # only a hint is lost
         return text
     return text + nearest(match[1], names)
+
+
+def _place_of(error: Exception, node: yaml.Node) -> str:
+    """Where the value below ``node`` stands that ``error`` is about; ``node`` itself where it is about none."""
+    if isinstance(error, BadValue):
+        below = [node]
+        for part in below:  # which grows
+            if isinstance(part, yaml.ScalarNode) and plain_value(part) == error.value:
+                return place(part.start_mark)
+            below += children(part)
+    return place(node.start_mark)
 
 
 def _title(node: yaml.Node) -> str:

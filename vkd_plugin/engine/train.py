@@ -43,6 +43,7 @@ from .processes import Processes, Votes
 from .progress import EpochProgress, epoch_line
 from .randomness import address
 from .records import RunFolder, jsonable, versions
+from .reports import unreadable_images
 from .sharding import gathered, optimizer_state_like, whole
 from .signals import StoppedError, StopRequest
 from .state import load_rank_state, load_training_state, rank_state, training_state
@@ -191,6 +192,7 @@ class Trainer:
             mark = time.perf_counter()
             for batch in batches_of(loader):
                 self.pace.waited += time.perf_counter() - mark
+                self.watch.count_unreadable(unreadable_images(loader))
                 logs = self.position.batches % log_every == 0
                 self._step(batch, loader, logs)
                 progress.advance()

@@ -25,6 +25,7 @@ logger = logging.getLogger("vkd_plugin")
 
 ORTHOGONALITY_LIMIT = 1e-3
 _ORTHOGONALITY = "orthogonality_error/"
+_UNREADABLE = "unreadable_images"
 
 
 class Watch:
@@ -77,6 +78,11 @@ class Watch:
         self._readback.send(figures, values)
         self._judge(self._readback.arrived())
 
+    def count_unreadable(self, images: int | None) -> None:
+        """Counts images of a batch in the place of which others came; None where the data set replaces none."""
+        if images is not None:
+            self.means.add({_UNREADABLE: images})  # whose sum it is that counts
+
     def prove(self) -> dict[str, float]:
         """Waits for all figures, and looks at all weights and projectors: what is saved next is sound.
 
@@ -109,11 +115,15 @@ class Watch:
         raise NotFiniteError(told[0][2])
 
     def means_of_all(self) -> dict[str, float]:
-        """The epoch's means over steps and processes: the loss, its terms by name, the gradient's norm."""
+        """The epoch's means over steps and processes: the loss, its terms by name, the gradient's norm.
+
+        Also ``unreadable_images``, their number, where the data set replaces such.
+        """
         sums = total(self._processes.gather(self.means.state()))
+        unreadable = {_UNREADABLE: int(sums.pop(_UNREADABLE)[0])} if _UNREADABLE in sums else {}
         means = {name: value / number for name, (value, number) in sums.items()}
         order = ["loss", *sorted(name for name in means if name.startswith("loss/")), "gradient_norm"]
-        return {"loss": math.nan} | {name: means[name] for name in order if name in means}
+        return {"loss": math.nan} | {name: means[name] for name in order if name in means} | unreadable
 
     def orthogonality(self) -> dict[str, Tensor]:
         """max |W^T W - I| of each projector, on the device; nan for all where a raw weight is beyond repair."""

@@ -359,6 +359,15 @@ def assert_told_alike(run: Path, whole: Path, err: str = "") -> None:
 # Killed.
 
 
+def _written(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def _wait_for_training(run: Run, folder: Path, begun: int) -> None:
+    """Until the run logs, which it begins when it is set up; ``begun``: when the one before last logged."""
+    until(lambda: run.ended() or _written(folder / "log.txt") > begun)
+
+
 def _killed_again_and_again(
     runs: Runs, folder: Path, draw: random.Random, kills: int, choices: Sequence[tuple[str, ...]]
 ) -> Run:
@@ -369,9 +378,12 @@ def _killed_again_and_again(
         within = draw.random() < 0.6
         call = draw.randint(1, 3 if nearly_done else 7) if within else 0
         before = DISTURBED_WRITES.format(seed=draw.randrange(2**32), sleep=0.01, kill=call)
+        begun = _written(folder / "log.txt")
         run = runs.start(folder, *EACH_STEP, *RESUME, *draw.choice(choices), before=before)
         if not within:
-            time.sleep(draw.uniform(0.0, 0.3 if nearly_done else 1.0))
+            if draw.random() < 0.8:  # the rest is killed while it is set up
+                _wait_for_training(run, folder, begun)
+            time.sleep(draw.uniform(0.0, 0.3 if nearly_done else 0.8))
             run.signal(signal.SIGKILL)
         code = run.wait()
         assert "vkd_plugin" not in run.err.partition("Traceback")[2], run.err  # a worker's own may break off somewhere

@@ -43,6 +43,7 @@ FEATURES_ONLY = (
     "'spatial_mean'}}}, weight: 1.0}}",
     "train.optimizer={key: 'SGD', kwargs: {lr: 0.5}}",
     "train.scheduler=null",
+    "train.student.frozen_modules=[model.head]",
 )
 PROJECTORS = "train.student.auxiliary_model_wrapper.kwargs.projectors_ckpt={output}.projectors.pt"
 DDP = "train.student.wrapper=DistributedDataParallel"

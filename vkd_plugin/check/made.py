@@ -17,7 +17,7 @@ def misfits(experiment: Experiment) -> Iterator[tuple[str, Path]]:
     for section, loader in _loaders(experiment.data):
         name = loader["dataset_id"]
         if name not in experiment.data["datasets"]:
-            yield f"no dataset {name!r} under datasets", (*section, "dataset_id")
+            yield f"no dataset {_shown(name)} under datasets", (*section, "dataset_id")
 
 
 def _misfits(spec: Spec, value: Any, path: Path) -> Iterator[tuple[str, Path]]:

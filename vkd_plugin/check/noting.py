@@ -105,7 +105,7 @@ class Notes:
 
     def problem(self, message: str, *path: str | int) -> None:
         """Notes ``message`` at ``path``."""
-        self._add(self.experiment.error(message, *path))
+        self._add(self.experiment.error(" ".join(message.split()), *path))
 
     def warn(self, message: str, *path: str | int) -> None:
         """Notes ``message`` at ``path`` as a warning."""

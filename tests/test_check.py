@@ -331,5 +331,11 @@ def test_a_file_that_forgets_the_plugin_is_warned(tmp_path: Path) -> None:
     assert warning.endswith("is this plugin's: torchdistill's own scripts need dependencies: ['vkd_plugin']")
 
 
-def test_weights_to_be_downloaded_for_a_stage_are_not_asked_for() -> None:
-    assert examine(VKD, ["train.teacher.src_ckpt=https://example.org/x.pt"]).problems == []
+@pytest.mark.parametrize("place", ["train.teacher.src_ckpt", "models.student_model.src_ckpt"])
+def test_weights_to_be_downloaded_are_not_asked_for(place: str) -> None:
+    assert examine(VKD, [f"{place}=https://example.org/x.pt"]).problems == []
+
+
+def test_a_teachers_weights_to_be_downloaded_are_not_asked_for() -> None:
+    teacher = "models.teacher_model.kwargs={name: regnety_160.deit_in1k, checkpoint: 'https://example.org/x.pt'}"
+    assert examine(IMAGENET, [teacher]).problems == []

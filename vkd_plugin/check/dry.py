@@ -15,7 +15,7 @@ from ..config.schema import ENGINE
 from ..config.structure import is_left_open
 from ..engine.build import build_model, is_staged, model_sections, stage_sections
 from ..errors import ConfigError
-from ..models.weights import first_line, is_url
+from ..models.weights import first_line
 from ..random_state import generators_restored
 from .batches import two_samples
 from .facts import DataFacts, Facts, ModelFacts
@@ -87,9 +87,6 @@ class Attempt:
             config: dict[str, Any] = {}
             for number, section in enumerate(stage_sections(train), 1):
                 config = {**config, **_copied(section)}  # a later stage keeps what it does not name
-                for side in ("teacher", "student", "model"):
-                    if is_url((config.get(side) or {}).get("src_ckpt") or ""):
-                        config[side]["src_ckpt"] = None
                 path = ("train", f"stage{number}") if is_staged(train) else ("train",)
                 Stage(self.notes, self.contents, config, path, teacher, student).run()
                 if self.facts.problems:
@@ -121,11 +118,8 @@ class Attempt:
         return built[0], built[1]
 
     def _model(self, section: str) -> nn.Module:
-        models: dict[str, Any] = self.experiment.data["models"]
-        config = models[section]
-        local = {**config, "src_ckpt": None} if is_url(config.get("src_ckpt") or "") else config
-        data = {**self.experiment.data, "models": {**models, section: local}}
-        model = build_model(self.experiment.with_data(data), section, CPU, False)
+        config: dict[str, Any] = self.experiment.data["models"][section]
+        model = build_model(self.experiment, section, CPU, False)
         name = config["kwargs"].get("name", "timm_model") if config["key"] == "timm_model" else config["key"]
         parameters = list(model.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)

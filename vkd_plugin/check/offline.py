@@ -10,9 +10,7 @@ import torch
 import torchvision.models._api
 from torch import nn
 
-
-class _NotDownloaded(dict[str, Any]):
-    """In place of a state dict."""
+from ..models.weights import NotDownloaded
 
 
 @contextmanager
@@ -21,10 +19,10 @@ def offline() -> Iterator[None]:
     load = nn.Module.load_state_dict
 
     def load_state_dict(self: nn.Module, state: Any, *args: Any, **kwargs: Any) -> Any:
-        return None if isinstance(state, _NotDownloaded) else load(self, state, *args, **kwargs)
+        return None if isinstance(state, NotDownloaded) else load(self, state, *args, **kwargs)
 
-    def nothing(*args: Any, **kwargs: Any) -> _NotDownloaded:
-        return _NotDownloaded()
+    def nothing(*args: Any, **kwargs: Any) -> NotDownloaded:
+        return NotDownloaded()
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "load_state_dict", load_state_dict))

@@ -38,6 +38,10 @@ _WRAPPERS = ("module.", "_orig_mod.")
 _COUNTER = "n_averaged"  # of torch's AveragedModel, beside what it wraps
 
 
+class NotDownloaded(dict[str, Any]):
+    """In place of a checkpoint from a URL, where nothing is to be downloaded; fits every model."""
+
+
 def read_checkpoint(source: str | Path, damage: Callable[[Path], str | None] = broken) -> dict[str, Any]:
     """What a ``.safetensors`` file, a torch checkpoint or a URL of one holds, on the CPU.
 
@@ -85,6 +89,8 @@ def load_weights(source: str | Path) -> dict[str, Tensor]:
     """
     file, key = _split(source)
     loaded = read_checkpoint(file)
+    if isinstance(loaded, NotDownloaded):
+        return loaded
     if key:
         if not isinstance(loaded.get(key), Mapping):
             held = [name for name, value in loaded.items() if isinstance(value, Mapping)]
@@ -132,6 +138,8 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | P
     Raises:
         UserError: missing or unknown names, or other shapes; the first of each are listed.
     """
+    if isinstance(weights, NotDownloaded):
+        return
     own = model.state_dict()
     wrapper = _unwrapped(own)[1]
     weights = {wrapper + name: tensor for name, tensor in _unwrapped(weights)[0].items()}

@@ -40,7 +40,7 @@ class Taken(NamedTuple):
 
 def now() -> Taken:
     """Of this process and those that it has waited for."""
-    return Taken(time.perf_counter(), sum(os.times()[:4]))
+    return Taken(time.perf_counter(), time.process_time() + sum(os.times()[2:4]))
 
 
 def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Taken]:
@@ -58,7 +58,7 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, Ta
 
 def command(*paths: str) -> None:
     """``run.py check`` in a process of its own."""
-    subprocess.run([sys.executable, "run.py", "check", *paths], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "run.py", "check", *paths], check=True, capture_output=True)
 
 
 def show(title: str, taken: dict[str, Taken]) -> None:

@@ -10,7 +10,9 @@ from vkd_plugin.config.changes import changes
 from vkd_plugin.config.experiment import resolve
 
 FOLDER = Path(__file__).parents[1] / "configs" / "ilsvrc2012"
-FILES = sorted(FOLDER.rglob("*.yaml"))
+FILES = sorted(
+    path for path in FOLDER.rglob("*.yaml") if path.stem != "resnet18_from_resnet34"
+)  # torchdistill's recipe
 
 
 def unbuilt(name: str) -> Experiment:
@@ -28,6 +30,11 @@ def differences(first: str, second: str) -> set[str]:
     [
         ("vkd/deit_tiny_from_regnety_160.yaml", "vkd/deit_small_from_regnety_160.yaml", "student_model"),
         ("kd/deit_tiny_from_regnety_160.yaml", "kd/deit_small_from_regnety_160.yaml", "student_model"),
+        (
+            "deit_distill/deit_tiny_from_regnety_160.yaml",
+            "deit_distill/deit_small_from_regnety_160.yaml",
+            "student_model",
+        ),
         ("ce/deit_tiny.yaml", "ce/deit_small.yaml", "model"),
     ],
 )
@@ -72,7 +79,7 @@ def test_the_numbers_that_decide_are_the_recipes(path: Path) -> None:
     assert scheduler["kwargs"] == {"total_steps": 300 * (1_281_167 // 512), "min_lr": 5e-6, "delay": 1}
     assert scheduler["scheduling_step"] == 1
     for term in train["criterion"]["kwargs"]["sub_terms"].values():
-        assert term["weight"] == 1.0
+        assert term["weight"] == (0.5 if path.parent.name == "deit_distill" else 1.0)
     mixing = train["train_data_loader"]["collate_fn"].mixup
     assert (mixing.mixup_alpha, mixing.cutmix_alpha, mixing.label_smoothing) == (0.8, 1.0, 0.1)
     assert (mixing.mix_prob, mixing.switch_prob, mixing.mode) == (1.0, 0.5, "batch")

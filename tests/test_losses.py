@@ -16,7 +16,14 @@ from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
 
 import vkd_plugin.losses.registration  # noqa: F401 - makes the keys known to torchdistill
 from vkd_plugin.errors import ConfigError
-from vkd_plugin.losses import DISTANCES, FeaturePair, SoftTargetCrossEntropy, SoftTargetKLLoss, VkDLoss
+from vkd_plugin.losses import (
+    DISTANCES,
+    FeaturePair,
+    HardTeacherCrossEntropy,
+    SoftTargetCrossEntropy,
+    SoftTargetKLLoss,
+    VkDLoss,
+)
 from vkd_plugin.normalization import DEFAULT_EPS, normalize
 
 
@@ -347,3 +354,21 @@ def test_a_readout_that_leaves_prefix_tokens_out_must_be_told_how_many() -> None
     message = "teacher: readout 'mean_patch_tokens' needs num_prefix_tokens"
     with pytest.raises(ValueError, match=message):
         FeaturePair(nn.MSELoss(), {"module": "a"}, {"module": "b", "readout": "mean_patch_tokens"})
+
+
+def test_the_teachers_decision_is_the_label() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(7, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(7, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    loss = HardTeacherCrossEntropy()(student, teacher)
+    decided = [max(range(5), key=lambda k: float(row[k])) for row in teacher.detach()]
+    probabilities = student.detach().exp() / student.detach().exp().sum(dim=1, keepdim=True)
+    expected = -sum(math.log(probabilities[i, k]) for i, k in enumerate(decided)) / 7
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
+    loss.backward()
+    one_hot = torch.zeros(7, 5, dtype=torch.float64)
+    one_hot[range(7), decided] = 1
+    torch.testing.assert_close(student.grad, (probabilities - one_hot) / 7)
+    assert teacher.grad is None
+    with pytest.raises(ValueError, match=r"HardTeacherCrossEntropy reads two sets of logits .* student \(7, 5\)"):
+        HardTeacherCrossEntropy()(student, teacher[:, :4])

@@ -3,7 +3,7 @@
 Importing the package registers everything with torchdistill; ``dependencies: ['vkd_plugin']`` in a YAML is enough.
 """
 
-from .losses import FeaturePair, SoftTargetCrossEntropy, SoftTargetKLLoss, VkDLoss
+from .losses import FeaturePair, HardTeacherCrossEntropy, SoftTargetCrossEntropy, SoftTargetKLLoss, VkDLoss
 from .normalization import Normalization, normalize
 from .projectors import LinearProjector, MLPProjector, OrthogonalProjector
 from .stiefel import orthogonalize
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeaturePair",
+    "HardTeacherCrossEntropy",
     "LinearProjector",
     "MLPProjector",
     "Normalization",

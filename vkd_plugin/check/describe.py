@@ -44,7 +44,8 @@ def terms(watched: Watched, config: Mapping[str, Any]) -> list[TermFacts]:
     sections = (config.get("kwargs") or {}).get("sub_terms") or {}
     found = []
     for name, (_, weight) in watched.inner.term_dict.items():
-        key = str(sections.get(name, {}).get("criterion", {}).get("key", type(watched.inner).__name__))
+        criterion = sections.get(name, {}).get("criterion")  # a tag may have made the loss itself
+        key = str(criterion["key"]) if isinstance(criterion, dict) else type(criterion).__name__
         value = watched.values.get(name)
         found.append(TermFacts(name, key, float(weight), value is not None and value.requires_grad))
     return found

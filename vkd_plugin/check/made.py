@@ -14,9 +14,10 @@ from .places import Path
 def misfits(experiment: Experiment) -> Iterator[tuple[str, Path]]:
     """``(message, path)`` of each value that is not what stands at its place."""
     yield from _misfits(schema(experiment.root), experiment.data, ())
-    for section, loader in _loaders(experiment.data):
+    datasets = experiment.data["datasets"]
+    for section, loader in _loaders(experiment.data) if isinstance(datasets, dict) else ():
         name = loader["dataset_id"]
-        if name not in experiment.data["datasets"]:
+        if name not in datasets:
             yield f"no dataset {_shown(name)} under datasets", (*section, "dataset_id")
 
 

@@ -5,9 +5,10 @@
 
 from .distances import DISTANCES
 from .feature_pair import Feature, FeaturePair, NotHookedError
-from .soft_target import SoftTargetCrossEntropy, SoftTargetKLLoss
+from .soft_target import HardTeacherCrossEntropy, SoftTargetCrossEntropy, SoftTargetKLLoss
 from .vkd import VkDLoss
 
 __all__ = [
-    "DISTANCES", "Feature", "FeaturePair", "NotHookedError", "SoftTargetCrossEntropy", "SoftTargetKLLoss", "VkDLoss",
+    "DISTANCES", "Feature", "FeaturePair", "HardTeacherCrossEntropy", "NotHookedError", "SoftTargetCrossEntropy",
+    "SoftTargetKLLoss", "VkDLoss",
 ]  # fmt: skip

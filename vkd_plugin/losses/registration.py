@@ -7,9 +7,9 @@ they are, and hooks name one head of a student with several (``model.head``, ``m
 from torchdistill.losses.registry import register_loss_wrapper, register_low_level_loss
 
 from .feature_pair import FeaturePair
-from .soft_target import SoftTargetCrossEntropy, SoftTargetKLLoss
+from .soft_target import HardTeacherCrossEntropy, SoftTargetCrossEntropy, SoftTargetKLLoss
 from .vkd import VkDLoss
 
-for _loss in (VkDLoss, SoftTargetCrossEntropy, SoftTargetKLLoss):
+for _loss in (VkDLoss, SoftTargetCrossEntropy, SoftTargetKLLoss, HardTeacherCrossEntropy):
     register_low_level_loss(_loss)
 register_loss_wrapper(FeaturePair)

@@ -102,11 +102,7 @@ class SoftTargetKLLoss(nn.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
-        if student.dim() != 2 or student.shape != teacher.shape:
-            raise ValueError(
-                f"SoftTargetKLLoss reads two sets of logits (N, K), got student {tuple(student.shape)}, "
-                f"teacher {tuple(teacher.shape)}"
-            )
+        _check_logits("SoftTargetKLLoss", student, teacher)
         with without_autocast(student):
             log_student = F.log_softmax(at_least_float32(student) / self.temperature, dim=1)
             log_teacher = F.log_softmax(at_least_float32(teacher.detach()) / self.temperature, dim=1)
@@ -115,3 +111,39 @@ class SoftTargetKLLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:g}"
+
+
+class HardTeacherCrossEntropy(nn.Module):
+    """Cross-entropy with the class that the teacher decides for, as DeiT is distilled (arXiv 2012.12877, equation 3).
+
+    Mean over N of - log softmax(z)_k, k the teacher's argmax, in float32 or wider with autocast off. DeiT takes it with
+    weight 0.5 on the distillation head, and the labels' cross-entropy with weight 0.5 on the class head.
+
+    .. code-block:: yaml
+
+        criterion: {key: 'HardTeacherCrossEntropy', kwargs: {}}
+        criterion_wrapper:
+          key: 'FeaturePair'
+          kwargs: {student: {module: 'head_dist'}, teacher: {module: '.'}}
+        weight: 0.5
+    """
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """A scalar.
+
+        Args:
+            student: logits (N, K).
+            teacher: logits (N, K); gets no gradient.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        _check_logits("HardTeacherCrossEntropy", student, teacher)
+        with without_autocast(student):
+            return F.cross_entropy(at_least_float32(student), teacher.argmax(dim=1))
+
+
+def _check_logits(loss: str, student: Tensor, teacher: Tensor) -> None:
+    if student.dim() != 2 or student.shape != teacher.shape:
+        shapes = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+        raise ValueError(f"{loss} reads two sets of logits (N, K), got {shapes}")

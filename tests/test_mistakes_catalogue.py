@@ -354,3 +354,26 @@ def test_what_is_sound_is_not_refused(base: str, old: str, new: str, tmp_path: P
     path.write_text(text.replace(old, new, 1), "utf-8")
     facts = examine(path)
     assert (facts.problems, facts.warnings) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("datasets=!import_get {key: torch.nn.Linear}", "datasets: expected a mapping, got type"),
+        ("train.num_epochs=!import_call {key: torch.nn.Identity}", "train.num_epochs: expected a whole number of at "),
+        ("train.optimizer=!import_call {key: torch.nn.Identity}", "train.optimizer: expected a mapping, got Identity"),
+    ],
+)
+def test_what_tags_make_is_looked_at_too(override: str, problem: str) -> None:
+    (found,) = examine(BASES["ce"], [override]).problems
+    assert found.message.startswith(problem)
+
+
+def test_a_loss_that_a_tag_has_made(tmp_path: Path) -> None:
+    """It is called with what is hooked, as torchdistill does, so it has to be one that reads that."""
+    term = "!import_call {key: torchdistill.losses.mid_level.KDLoss, init: {kwargs: {student_module_path: head, "
+    term += "student_module_io: output, teacher_module_path: head, teacher_module_io: output, temperature: 4.0, "
+    term += "alpha: 0.5}}}"
+    facts = examine(BASES["hosted"], [f"train.criterion.kwargs.sub_terms.kd.criterion={term}"])
+    assert facts.problems == []
+    assert [term.criterion for term in facts.stages[0].terms] == ["KDLoss", "MSELoss"]

@@ -339,3 +339,33 @@ def test_weights_to_be_downloaded_are_not_asked_for(place: str) -> None:
 def test_a_teachers_weights_to_be_downloaded_are_not_asked_for() -> None:
     teacher = "models.teacher_model.kwargs={name: regnety_160.deit_in1k, checkpoint: 'https://example.org/x.pt'}"
     assert examine(IMAGENET, [teacher]).problems == []
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "          tokens:\n",
+        "            module: 'norm'\n",
+        "        vkd:\n",
+        "          weight: 4.0\n",
+        "        ce:\n",
+    ],
+)
+def test_a_private_key_is_nowhere_an_error(before: str, tmp_path: Path) -> None:
+    text = VKD.read_text()
+    assert before in text
+    file = tmp_path / "x.yaml"
+    indent = " " * (len(before) - len(before.lstrip()))
+    file.write_text(text.replace(before, f"{indent}_why: &why [1e-4]\n{before}", 1))
+    facts = examine(file)
+    assert (facts.problems, facts.warnings) == ([], [])
+
+
+def test_a_private_key_in_a_mapping_of_arguments_is_nowhere_an_error(tmp_path: Path) -> None:
+    text = VKD.read_text()
+    for old in ("{module: 'features.tokens'}", "{key: 'OrthogonalProjector', ", "{mean: [0.3]"):
+        assert old in text
+        text = text.replace(old, "{_why: 1, " + old[1:], 1)
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    assert examine(file).problems == []

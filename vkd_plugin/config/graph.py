@@ -150,7 +150,7 @@ def unshare(root: yaml.Node) -> yaml.Node:
 
     torchdistill changes the mappings it is given (``requires_supp``, ``lr``), so no two places may hold the
     same one; while a data set under an anchor is built once, and every alias means that object. Keys that
-    begin with ``_`` are left out of ``kwargs``: they hold anchors, and would be passed to the function.
+    begin with ``_`` are left out of ``kwargs``, at any depth: they hold anchors, and would be passed to the function.
     """
     built: dict[int, tuple[yaml.Node, int]] = {}
     count = 0
@@ -175,9 +175,12 @@ def unshare(root: yaml.Node) -> yaml.Node:
         if isinstance(node, yaml.MappingNode):
             pairs = [(plain_key(key), key, child) for key, child in node.value]
             kept = [pair for pair in pairs if not (in_kwargs and is_private(pair[0]))]
-            value = [(copy(key, depth + 1), copy(child, depth + 1, name == "kwargs")) for name, key, child in kept]
+            value = [
+                (copy(key, depth + 1), copy(child, depth + 1, in_kwargs or name == "kwargs"))
+                for name, key, child in kept
+            ]
         elif isinstance(node, yaml.SequenceNode):
-            value = [copy(child, depth + 1) for child in node.value]
+            value = [copy(child, depth + 1, in_kwargs) for child in node.value]
         duplicate = with_value(node, value)
         if is_active(node):
             built[id(node)] = duplicate, count - before

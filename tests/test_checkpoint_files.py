@@ -707,3 +707,16 @@ def test_the_lock_ends_with_the_run_though_a_forked_child_lives_on(tmp_path: Pat
         os.waitpid(child, 0)
         os.close(reader)
         os.close(writer)
+
+
+def test_what_a_run_left_that_was_cut_off_in_its_first_file_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    own = [tmp_path / "config.yaml.7.tmp", tmp_path / "checkpoints" / "probe.7.tmp"]
+    others = [tmp_path / "notes.tmp", tmp_path / "config.yaml.tmp.txt"]
+    for file in (*own, *others):
+        file.write_text("x")
+    folder = RunFolder(tmp_path)
+    folder.start_afresh()
+    folder.close()
+    assert not any(file.exists() for file in own)
+    assert all(file.exists() for file in others)

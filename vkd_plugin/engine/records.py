@@ -85,6 +85,10 @@ class RunFolder:
                 it holds a ``config.yaml`` of somebody else's.
         """
         if not (self.path / "config.yaml").exists():
+            # Of a run that was cut off while it wrote its first file; other files of this kind may be somebody else's.
+            for unfinished in (*self.path.glob("config.yaml.*.tmp"), *self.last.parent.glob("probe.*.tmp")):
+                with writing(unfinished):
+                    unfinished.unlink()
             return
         if not (self.path / "log.txt").exists():
             raise UserError(f"--output {self.path}: holds a config.yaml that is not a run's; choose another folder")

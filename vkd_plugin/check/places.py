@@ -21,7 +21,6 @@ _PARTS = {
     "set_hooks": ("forward_hook",),
     "build_auxiliary_model_wrapper": ("auxiliary_model_wrapper",),
     "redesign_model": ("sequential",),
-    "load_ckpt": ("src_ckpt",),
 }
 """Functions of torchdistill, and the key below the stage, or below a model's part of it, that they read."""
 

@@ -58,12 +58,12 @@ def check_text(root: yaml.MappingNode, trust: Trust, problems: Problems) -> None
         elif node.tag in ("!getattr", "!setattr", "!call_method"):
             _check_attribute(node, trust, problems, path)
         if isinstance(node, yaml.MappingNode):
-            _check_mapping(node, trust, problems, path)
+            visit_mapping(node, path)
         else:
             for index, item in enumerate(children(node)):
                 visit(item, (*path, index))
 
-    def _check_mapping(node: yaml.MappingNode, trust: Trust, problems: Problems, path: KeyPath) -> None:
+    def visit_mapping(node: yaml.MappingNode, path: KeyPath) -> None:
         for name, (key, value) in entries(node).items():
             here = (*path, "?" if isinstance(name, yaml.Node) else name)
             if isinstance(name, yaml.Node):

@@ -12,7 +12,6 @@ The boxes build models, hooks, criterion, optimizer and scheduler from the YAML 
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -28,7 +27,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from torchdistill.models.wrapper import AuxiliaryModelWrapper
 
 from ..errors import BadValue, UserError
-from ..models.weights import fit_weights, is_url, load_weights
+from ..models.weights import load_if_there
 from .build import is_staged
 from .meter import TermMeter
 from .precision import Precision
@@ -133,15 +132,15 @@ class EngineBox(_Box):
         sides = ({**teacher_config}, {**student_config})
         sources = [side.pop("src_ckpt", None) for side in sides]
         super().setup_teacher_student_models(*sides)
-        _load_checkpoint(self.teacher_model, sources[0])
-        _load_checkpoint(self.student_model, sources[1])
+        load_if_there(self.teacher_model, sources[0])
+        load_if_there(self.student_model, sources[1])
 
     def setup_model(self, model_config: dict[str, Any]) -> None:
         """The same in a box without a teacher."""
         side = {**model_config}
         source = side.pop("src_ckpt", None)
         super().setup_model(side)
-        _load_checkpoint(self.model, source)
+        load_if_there(self.model, source)
 
     def setup_loss(self, train_config: dict[str, Any]) -> None:
         """The criterion, its terms watched, and what it holds on the device (torchdistill leaves it behind).
@@ -388,11 +387,6 @@ def build_box(
     return (_StagedDistillation if staged else _Distillation)(
         load, precision, terms, compile_modes, spare, teacher, student, *args
     )
-
-
-def _load_checkpoint(model: nn.Module, source: str | None) -> None:
-    if source and (is_url(source) or Path(source).exists()):  # that it should exist is checked with the configuration
-        fit_weights(model, load_weights(source), source)
 
 
 def _compile(model: nn.Module, mode: bool | str | None) -> None:

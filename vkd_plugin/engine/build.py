@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torchdistill.models.registry import get_model
 
 from ..config import Experiment
 from ..errors import BadValue, ConfigError, UserError
-from ..models.weights import fit_weights, is_url, load_weights
+from ..models.weights import load_if_there
 from .processes import is_lost_peer
 
 logger = logging.getLogger(__name__)
@@ -131,10 +130,8 @@ def build_model(experiment: Experiment, section: str, device: torch.device, dist
         model = get_image_classification_model({"kwargs": {}, **_filled(config)}, distributed)
         if model is None:
             model = get_model(config["key"], config.get("repo_or_dir"), **(config.get("kwargs") or {}))
-    source = config.get("src_ckpt")
-    if source and (is_url(source) or Path(source).exists()):
-        with blame(experiment, "models", section, "src_ckpt"):
-            fit_weights(model, load_weights(source), source)
+    with blame(experiment, "models", section, "src_ckpt"):
+        load_if_there(model, config.get("src_ckpt"))
     return model.to(device)
 
 

@@ -169,6 +169,16 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | P
         )
 
 
+def load_if_there(model: nn.Module, source: str | None) -> None:
+    """Fits the weights of ``src_ckpt`` into a model. That a file should exist is checked with the configuration.
+
+    Raises:
+        UserError: see :func:`load_weights` and :func:`fit_weights`.
+    """
+    if source and (is_url(source) or Path(source).exists()):
+        fit_weights(model, load_weights(source), source)
+
+
 def is_url(source: str | Path) -> bool:
     """Whether ``source`` is to be downloaded."""
     return str(source).startswith(("http://", "https://"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torchvision.datasets  # noqa: F401 (torchdistill.datasets looks for it in sys.modules)
+from imagenet_helper import truncate
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torchdistill.datasets.registry import DATASET_DICT, TRANSFORM_DICT
@@ -27,25 +28,6 @@ from vkd_plugin.engine.train import Trainer
 from vkd_plugin.errors import BadValue, UserError
 
 START = Position()
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree that no test changes."""
-    folder = tmp_path_factory.mktemp("sound")
-    write_tree(folder, classes=3, train=8, val=2)
-    return folder
-
-
-@pytest.fixture
-def tree(tmp_path: Path, sound: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(sound, tmp_path / "imagenet"))
-
-
-def truncate(path: Path) -> Path:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return path
 
 
 # The tree.

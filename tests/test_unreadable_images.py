@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from imagenet_helper import truncate
 from PIL import Image
 from torch.utils.data import Subset
 
 from vkd_plugin.datasets import ImageFolder
 from vkd_plugin.datasets.image_folder import UNREADABLE_IN_A_ROW
-from vkd_plugin.datasets.tiny_imagenet import write_tree
 from vkd_plugin.engine.loaders import (
     Position,
     batches_of,
@@ -31,25 +31,6 @@ from vkd_plugin.engine.reports import unreadable_images
 from vkd_plugin.errors import UserError
 
 START = Position()
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree that no test changes."""
-    folder = tmp_path_factory.mktemp("sound")
-    write_tree(folder, classes=3, train=8, val=2)
-    return folder
-
-
-@pytest.fixture
-def tree(tmp_path: Path, sound: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(sound, tmp_path / "imagenet"))
-
-
-def truncate(path: Path) -> Path:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return path
 
 
 def small(image: Image.Image) -> torch.Tensor:

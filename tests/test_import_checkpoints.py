@@ -330,3 +330,24 @@ def test_a_release_is_tested_by_run_py(
     assert main([*config, "-test_only", "--set", f"{key}dst_ckpt={good}", "--set", f"{key}src_ckpt={bad}"]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert f"{bad}: does not fit VisionTransformer: 2 of another shape (head.weight (999, 48) for (10, 48)" in line
+
+
+def test_a_key_in_src_ckpt_and_dst_ckpt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two weights side by side, of which the experiment names one."""
+    monkeypatch.chdir(ROOT)
+    two = tmp_path / "two.pth"
+    torch.save({"model": digits_vit(num_classes=999).state_dict(), "student": digits_vit().state_dict()}, two)
+    config, key = "configs/digits/ce/vit.yaml", "models.model."
+    for source, status in ((f"{two}#student", 0), (f"{two}#model", 2), (two, 2)):
+        assert main(["check", config, "--set", f"{key}src_ckpt={source}"]) == status
+    assert f"src_ckpt: {two}: holds weights under 'model' and 'student'" in capfd.readouterr().err
+    assert main(["check", config, "--set", f"{key}src_ckpt={tmp_path / 'none.pth'}#student"]) == 2
+    assert f"no checkpoint at '{tmp_path}/none.pth#student'" in capfd.readouterr().err
+    test = ["--config", config, "--output", str(tmp_path / "run"), "--device", "cpu", "-test_only"]
+    try:
+        assert main([*test, "--set", f"{key}dst_ckpt={two}#student"]) == 0
+    finally:
+        setup_logging(is_main=True)
+    assert "test student: top1" in capfd.readouterr().err

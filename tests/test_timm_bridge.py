@@ -20,6 +20,7 @@ from vkd_plugin.models import timm_model
 from vkd_plugin.models.renormalization import Statistics, renormalize_inputs
 from vkd_plugin.teacher import state_digest
 
+ROOT = Path(__file__).parents[1]
 IMAGENET = Path(__file__).parent / "data" / "check" / "imagenet.yaml"
 DATA = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 ViT = "test_vit"  # timm's smallest; means and standard deviations are 0.5
@@ -251,6 +252,12 @@ def test_statistics_that_are_none(given: Any, message: str) -> None:
         timm_model(ViT, renormalize=given)
 
 
+LITE0_HOOKS = (
+    "train.teacher.forward_hook.output=['conv_head']",
+    "train.criterion.kwargs.sub_terms.vkd.criterion_wrapper.kwargs.teacher.module=conv_head",
+)
+
+
 def test_an_experiment_with_it() -> None:
     teacher = {"name": "test_resnet", "renormalize": "deit_tiny_distilled_patch16_224"}
     assert len(timm_model(**teacher)._forward_pre_hooks) == 1
@@ -260,3 +267,25 @@ def test_an_experiment_with_it() -> None:
         "train.criterion.kwargs.sub_terms.vkd.criterion_wrapper.kwargs.teacher.module=layer4",
     )
     assert examine(IMAGENET, changes).problems == []
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "warned"),
+    [
+        ({"name": "efficientnet_lite0.ra_in1k", "pretrained": True}, False),  # the statistics of the data
+        ({"name": "tf_efficientnet_lite0.in1k", "pretrained": True}, True),
+        ({"name": "tf_efficientnet_lite0.in1k", "checkpoint": "https://example.org/x.pt"}, True),
+        ({"name": "tf_efficientnet_lite0.in1k", "pretrained": False}, False),  # its weights come from elsewhere
+        ({"name": "tf_efficientnet_lite0.in1k", "pretrained": True, "renormalize": "deit_tiny_patch16_224"}, False),
+        ({"name": "tf_efficientnet_lite0.in1k", "pretrained": True, "renormalize": "vit_tiny_patch16_224"}, True),
+    ],
+)
+def test_images_normalised_for_another_model_are_warned_of(kwargs: dict[str, Any], warned: bool) -> None:
+    recipe = ROOT / "configs/ilsvrc2012/vkd/deit_tiny_from_regnety_160.yaml"
+    facts = examine(recipe, (f"models.teacher_model.kwargs={json.dumps(kwargs)}", *LITE0_HOOKS))
+    assert facts.problems == []
+    warnings = [warning for warning in facts.warnings if "nothing is at" not in warning]
+    assert len(warnings) == warned, warnings
+    for warning in warnings:
+        assert "--set models.teacher_model.kwargs" in warning
+        assert "mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225], it takes [0.5, 0.5, 0.5]" in warning

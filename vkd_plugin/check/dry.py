@@ -26,6 +26,7 @@ from .offline import offline
 from .places import leaves
 from .stage import CPU, Stage
 from .standin import StandIn, length_of
+from .statistics import other_statistics
 from .transforms import place_of_transform
 
 
@@ -82,6 +83,7 @@ class Attempt:
                 return
             teacher, student = self._models()
             self._datasets()
+            self._compare_statistics(teacher, student)
             if student is None or self.facts.problems:
                 return
             config: dict[str, Any] = {}
@@ -142,6 +144,16 @@ class Attempt:
                 image = sample[0] if isinstance(sample, tuple | list) and sample else sample
                 facts.sample = list(image.shape) if isinstance(image, Tensor) else None
             self.facts.datasets.append(facts)
+
+    def _compare_statistics(self, *models: nn.Module | None) -> None:
+        for section, model in zip(model_sections(self.experiment), models, strict=True):
+            if section is None or model is None:
+                continue
+            config = self.experiment.data["models"][section]
+            if config["key"] == "timm_model":
+                message = other_statistics(model, config["kwargs"], self.experiment.data["datasets"].values())
+                if message is not None:
+                    self.notes.warn(message, "models", section, "kwargs")
 
     @contextmanager
     def _placing_transforms(self, name: str) -> Iterator[None]:

@@ -32,6 +32,7 @@ from vkd_plugin.config.spec import Section, Text
 from vkd_plugin.config.structure import Found, fits, mismatch
 from vkd_plugin.config.tags import dependencies
 from vkd_plugin.config.trust import Trust
+from vkd_plugin.models.weights import is_url, split_source
 from vkd_plugin.projectors import PROJECTORS
 from vkd_plugin.suggest import closest, nearest
 
@@ -338,7 +339,7 @@ def _destinations(root: yaml.MappingNode) -> set[str]:
 
 def _check_checkpoint(name: str, found: Found, written: set[str], problems: Problems) -> None:
     """A checkpoint to start from is there; torchdistill would go on with random weights."""
-    if name.startswith(("http://", "https://")) or os.path.isfile(name):
+    if is_url(name) or os.path.isfile(split_source(name)[0]):
         return
     if os.path.isdir(name):
         problems.add(f"'{name}' is a folder, not a checkpoint", found.where, found.path)

@@ -12,7 +12,7 @@ from torch import nn
 from ..check import prove
 from ..config import Experiment, load_experiment
 from ..errors import EXIT_DONE, UserError
-from ..models.weights import fit_weights, load_weights, read_checkpoint
+from ..models.weights import fit_weights, load_weights, read_checkpoint, split_source
 from ..tasks.classification import Classification
 from .build import blame, build_model, model_sections, stage_sections
 from .checkpoint import LAST, save_atomically
@@ -233,7 +233,7 @@ def _student_weights(experiment: Experiment, path: Path) -> Path:
     if best.exists():
         return best
     target = _dst_ckpt(experiment)
-    if target is not None and target.exists():
+    if target is not None and Path(split_source(target)[0]).exists():
         return target
     raise UserError(f"no weights to test: neither {best} nor {target or 'a dst_ckpt'} exists")
 

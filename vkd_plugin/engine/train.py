@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Experiment
 from ..errors import ConfigError, NotFiniteError, UserError
-from ..models.weights import is_url, read_checkpoint
+from ..models.weights import is_url, read_checkpoint, split_source
 from ..random_state import generators_state, restore_generators
 from ..stiefel import UndefinedMapError
 from ..tasks.classification import Classification
@@ -474,9 +474,10 @@ class Trainer:
             UserError: the optimizer's state does not fit.
         """
         self.epoch = epoch
-        if not source or is_url(source) or not Path(source).exists():
+        file, _ = split_source(source or "")
+        if is_url(file) or not Path(file).is_file():
             return
-        state = read_checkpoint(source)
+        state = read_checkpoint(file)
         try:
             if state.get("optimizer") is not None:
                 self.box.optimizer.load_state_dict(optimizer_state_like(state["optimizer"], self.box.optimizer))

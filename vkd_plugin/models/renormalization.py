@@ -62,6 +62,7 @@ def renormalize_inputs(model: nn.Module, data: Statistics, expected: Statistics)
     """
     if len(data.mean) != len(expected.mean):
         raise ValueError(f"images have {len(data.mean)} channels, the model expects {len(expected.mean)}")
+    model._data_statistics = data  # type: ignore[assignment]
     if data == expected:
         return
     data_mean, data_std, mean, std = (
@@ -71,6 +72,11 @@ def renormalize_inputs(model: nn.Module, data: Statistics, expected: Statistics)
     for name, value in (("_input_scale", data_std / std), ("_input_shift", (data_mean - mean) / std)):
         model.register_buffer(name, value.to(like.device, like.dtype), persistent=False)
     model.register_forward_pre_hook(_renormalize)
+
+
+def data_statistics(model: nn.Module) -> Statistics | None:
+    """What :func:`renormalize_inputs` was told of the images; None for a model that it was not given."""
+    return getattr(model, "_data_statistics", None)
 
 
 def _renormalize(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

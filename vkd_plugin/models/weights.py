@@ -87,7 +87,7 @@ def load_weights(source: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: see :func:`read_checkpoint` and :func:`weights_of`.
     """
-    file, key = _split(source)
+    file, key = split_source(source)
     loaded = read_checkpoint(file)
     if isinstance(loaded, NotDownloaded):
         return loaded
@@ -175,8 +175,16 @@ def load_if_there(model: nn.Module, source: str | None) -> None:
     Raises:
         UserError: see :func:`load_weights` and :func:`fit_weights`.
     """
-    if source and (is_url(source) or Path(source).exists()):
+    if source and (is_url(source) or Path(split_source(source)[0]).exists()):
         fit_weights(model, load_weights(source), source)
+
+
+def split_source(source: str | Path) -> tuple[str | Path, str]:
+    """File and key of ``FILE#key``; the key is empty where there is none."""
+    file, mark, key = str(source).rpartition("#")
+    if not mark or (not is_url(source) and Path(source).expanduser().exists()):
+        return source, ""
+    return file, key
 
 
 def is_url(source: str | Path) -> bool:
@@ -188,14 +196,6 @@ def first_line(error: Exception) -> str:
     """The first line of an error's message; its class where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _split(source: str | Path) -> tuple[str | Path, str]:
-    """File and key of ``FILE#key``; the key is empty where there is none."""
-    file, mark, key = str(source).rpartition("#")
-    if not mark or (not is_url(source) and Path(source).expanduser().exists()):
-        return source, ""
-    return file, key
 
 
 def _is_weights(loaded: Mapping[Any, Any]) -> bool:

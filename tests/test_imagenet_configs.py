@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from vkd_plugin.check import standin
+from vkd_plugin.check import examine, standin
 from vkd_plugin.config import Experiment, load_experiment
 from vkd_plugin.config.changes import changes
 from vkd_plugin.config.experiment import resolve
+from vkd_plugin.results.table import load_table
+from vkd_plugin.results.table.data import Row
 
 FOLDER = Path(__file__).parents[1] / "configs" / "ilsvrc2012"
 FILES = sorted(
@@ -85,3 +87,27 @@ def test_the_numbers_that_decide_are_the_recipes(path: Path) -> None:
     assert (mixing.mix_prob, mixing.switch_prob, mixing.mode) == (1.0, 0.5, "batch")
     student = data["models"].get("student_model") or data["models"]["model"]
     assert set(student["kwargs"]) == {"name"}  # no dropout, no drop path
+
+
+ROWS = [
+    row
+    for name in ("imagenet", "imagenet_ablation")
+    for row in load_table(FOLDER.parents[0] / "tables" / f"{name}.yaml").rows
+    if row.overrides
+]
+SMALL_TEACHER = (
+    "models.teacher_model.kwargs={name: test_resnet}",
+    "train.teacher.forward_hook.output=[layer4]",
+)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_rows_of_the_tables_take_a_step_and_follow_their_schedule_to_its_end(row: Row) -> None:
+    """The teacher is a small one here; that of the recipe is checked with the files themselves."""
+    hook = "train.criterion.kwargs.sub_terms.vkd.criterion_wrapper.kwargs.teacher.module=layer4"
+    small = (*SMALL_TEACHER, hook) if "/vkd/" in row.config else SMALL_TEACHER[:1]
+    facts = examine(FOLDER.parents[1] / row.config, (*row.overrides, *small))
+    assert facts.problems == []
+    (stage,) = facts.stages
+    steps = stage.epochs * (1_281_167 // stage.batch_size)
+    assert f"train.scheduler.kwargs.total_steps={steps}" in row.overrides or steps == 300 * 2502

@@ -6,6 +6,7 @@
     metric: 'last.val/top1'            # a path into each run's summary.json, or {column title: path, ...}
     seeds: [0, 1, 2]                   # default: [0]
     notes: ['printed below the table']
+    paired_with: 'no distillation'     # each row's difference to it, seed by seed, and the p of a paired t-test
     rows:
       - name: 'no distillation'
         config: 'configs/ilsvrc2012/ce/student.yaml'

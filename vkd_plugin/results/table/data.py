@@ -112,13 +112,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, and where its runs live: ``runs/tables/<file stem>/<row>/seed<N>``."""
+    """A table, and where its runs live: ``runs/tables/<file stem>/<row>/seed<N>``.
+
+    Attributes:
+        paired_with: name of the row that the others are compared with, seed by seed.
+    """
 
     path: Path
     title: str
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    paired_with: str | None = None
 
     def runs(self, row: Row) -> list[Run]:
         """The row's, one for each seed; none where it has no experiment."""

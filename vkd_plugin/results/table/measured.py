@@ -3,7 +3,8 @@
 import json
 import re
 import statistics
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vkd_plugin.errors import ConfigError
@@ -11,6 +12,7 @@ from vkd_plugin.suggest import nearest
 
 from ..summary import read_summary
 from .data import Column, Figure, Row, Run, Table
+from .paired import Paired, compare
 
 _PLACE_OF_STUDENT = re.compile(r"\s*models\.\w+\.dst_ckpt\s*=")
 """Of an override that decides nothing but where the trained student is put."""
@@ -21,13 +23,20 @@ class Cell:
     """One row's figures in one column.
 
     Attributes:
-        values: one of each seed that has run.
+        by_seed: a value of each seed that has run.
         published: None where nobody has published one.
+        paired: against the same column of the row that the table names; None where there is nothing to compare.
     """
 
     column: Column
-    values: tuple[float, ...]
+    by_seed: Mapping[int, float]
     published: Figure | None
+    paired: Paired | None = None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """In the order of the seeds."""
+        return tuple(self.by_seed.values())
 
     @property
     def mean(self) -> float | None:
@@ -69,7 +78,9 @@ def measure(table: Table) -> list[Line]:
     Raises:
         UserError: a summary that cannot be read, or has no such metric.
     """
-    return [_line(table, row) for row in table.rows]
+    lines = [_line(table, row) for row in table.rows]
+    base = next((line for line in lines if line.row.name == table.paired_with), None)
+    return lines if base is None else [line if line is base else _compared(line, base) for line in lines]
 
 
 def missing_runs(table: Table) -> list[Run]:
@@ -102,12 +113,17 @@ def _line(table: Table, row: Row) -> Line:
     done = [(run, found) for run, found in runs if found is not None]
     published = row.published.figures if row.published else {}
     cells = tuple(
-        Cell(column, tuple(_value(run, found, column) for run, found in done), published.get(column.title))
+        Cell(column, {run.seed: _value(run, found, column) for run, found in done}, published.get(column.title))
         for column in row.columns
     )
     seconds = [found["wall_seconds"] for _, found in done if isinstance(found.get("wall_seconds"), (int, float))]
     minutes = statistics.mean(seconds) / 60 if seconds else None
     return Line(row, cells, len(done), tuple(run for run, found in runs if found is None), minutes)
+
+
+def _compared(line: Line, base: Line) -> Line:
+    pairs = zip(line.cells, base.cells, strict=True)
+    return replace(line, cells=tuple(replace(cell, paired=compare(cell.by_seed, to.by_seed)) for cell, to in pairs))
 
 
 def _value(run: Run, found: dict[str, Any], column: Column) -> float:

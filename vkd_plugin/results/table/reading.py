@@ -18,7 +18,7 @@ from .data import Column, Figure, Published, Row, Table
 
 T = TypeVar("T")
 
-_TABLE_KEYS = ("title", "metric", "seeds", "notes", "rows")
+_TABLE_KEYS = ("title", "metric", "seeds", "notes", "paired_with", "rows")
 _ROW_KEYS = ("name", "config", "set", "seeds", "metric", "published", "note")
 _PUBLISHED_KEYS = ("value", "source", "verified")
 
@@ -70,9 +70,10 @@ class _Reader:
         seeds = self.get(keys, "seeds", values.seeds)
         notes = self.get(keys, "notes", lambda value: values.texts(value, "'notes'"))
         rows = self.get(keys, "rows", lambda value: self.rows(value, columns or (), seeds or (0,)))
+        paired_with = self.get(keys, "paired_with", lambda value: _row_to_pair_with(value, rows or ()))
         self.problems.raise_if_any()
         assert title is not None
-        return Table(path, title, columns or (), rows or (), notes or ())
+        return Table(path, title, columns or (), rows or (), notes or (), paired_with)
 
     def rows(self, node: yaml.Node, columns: tuple[Column, ...], seeds: tuple[int, ...]) -> tuple[Row, ...]:
         found = values.items(node, "'rows' should be a list of rows")
@@ -209,6 +210,15 @@ def _named(
             raise values.error(f"no column '{title}' in the table{nearest(title, titles)}", key)
         found[title] = read(title, value)
     return found
+
+
+def _row_to_pair_with(node: yaml.Node, rows: tuple[Row, ...]) -> str:
+    """The name of a row that has runs."""
+    name = values.text(node, "'paired_with'")
+    names = [row.name for row in rows if row.config]
+    if name not in names:
+        raise values.error(f"no row '{name}' with an experiment in the table{nearest(name, names)}", node)
+    return name
 
 
 def _experiment(node: yaml.Node) -> str:

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from .data import Row, Run, Table
 from .measured import Cell, Line, measure
+from .paired import Paired
 
 _CSV_HEADER = (
     "row", "metric", "mean", "std", "n", "missing_seeds", "published", "verified", "source", "difference",
-    "minutes_per_run", "config", "note", "to_run",
+    "paired_with", "paired_difference", "paired_p", "paired_n", "minutes_per_run", "config", "note", "to_run",
 )  # fmt: skip
 
 _STYLE = """\
@@ -40,7 +41,7 @@ def print_table(table: Table, form: str | None = None) -> None:
     """
     lines = measure(table)
     if form == "csv":
-        print(_csv(lines), end="")
+        print(_csv(table, lines), end="")
         return
     page = _page(table, lines)
     if form == "md":
@@ -97,13 +98,16 @@ def _kinds(table: Table, index: int) -> list[str]:
     published = [row for row in table.rows if row.published and title in row.published.figures]
     kinds = ["measured"] if any(row.config for row in table.rows) else []
     kinds += ["published"] if published else []
-    return kinds + (["difference"] if any(row.config for row in published) else [])
+    kinds += ["difference"] if any(row.config for row in published) else []
+    return kinds + (["paired"] if table.paired_with else [])
 
 
 def _heading(table: Table, index: int, kind: str) -> str:
     title = table.columns[index].title
     if kind == "measured":
         return title
+    if kind == "paired":
+        return f"{'' if len(table.columns) == 1 else f'{title} '}against {table.paired_with}"
     return kind if len(table.columns) == 1 and any(row.config for row in table.rows) else f"{title} {kind}"
 
 
@@ -112,9 +116,18 @@ def _text(page: _Page, row: Row, cell: Cell, kind: str) -> str:
         return _figure(cell.mean, ".2f") + ("" if cell.deviation is None else f" ± {cell.deviation:.2f}")
     if kind == "difference":
         return _figure(cell.difference, "+.2f")
+    if kind == "paired":
+        return _paired(cell.paired)
     if row.published is None or cell.published is None:
         return "-"
     return f"{cell.published.text}{'' if row.published.verified else ' unverified'}{page.mark(row.published.source)}"
+
+
+def _paired(found: Paired | None) -> str:
+    if found is None:
+        return "-"
+    chance = "" if found.p is None else f" (p {'< 0.001' if found.p < 0.001 else f'{found.p:.3f}'})"
+    return f"{found.difference:+.2f}{chance}"
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -192,7 +205,7 @@ def _html(page: _Page) -> str:
     return "\n".join([*parts, "</body>\n</html>"])
 
 
-def _csv(lines: list[Line]) -> str:
+def _csv(table: Table, lines: list[Line]) -> str:
     """One line for each row and metric; what does not exist is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -213,6 +226,10 @@ def _csv(lines: list[Line]) -> str:
                     str(source.verified).lower() if source else None,
                     source.source if source else None,
                     cell.difference,
+                    table.paired_with,
+                    cell.paired.difference if cell.paired else None,
+                    cell.paired.p if cell.paired else None,
+                    cell.paired.n if cell.paired else None,
                     line.minutes,
                     row.config,
                     row.note,

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
+from torchdistill.optim.registry import get_optimizer
 
 from vkd_plugin.projectors import PROJECTORS, LinearProjector, MLPProjector, OrthogonalProjector, build_projector
 from vkd_plugin.stiefel import BASE_MAPS, ORTHOGONAL_MAPS, orthogonalize
@@ -400,3 +401,17 @@ def test_the_yaml_of_the_docstring_builds(key: str) -> None:
     lines = PROJECTORS[key].__doc__.split("YAML::\n")[1]
     kwargs = yaml.safe_load(lines)["projector"]
     assert isinstance(build_projector(kwargs.pop("key"), 4, 9, **kwargs), PROJECTORS[key])
+
+
+@pytest.mark.parametrize(("decay", "alive"), [(0.05, False), (0.0, True)])
+def test_the_released_projector_dies_of_weight_decay(decay: float, alive: bool) -> None:
+    """And is the control that it should be only if it does: also where this package exempts its own from decay."""
+    torch.manual_seed(0)
+    projector = build_projector("ReleasedProjector", 8, 20)
+    optimizer = get_optimizer(projector, "AdamW", lr=5e-4, weight_decay=decay, weight_decay_of="matrices")
+    x = torch.randn(6, 8)
+    y = projector(x)
+    torch.testing.assert_close(y @ y.T, x @ x.T)
+    y.square().mean().backward()
+    optimizer.step()
+    assert bool(projector(x).abs().max() > 0) == alive

@@ -5,7 +5,7 @@ Importing the package registers everything with torchdistill; ``dependencies: ['
 
 from .losses import FeaturePair, HardTeacherCrossEntropy, SoftTargetCrossEntropy, SoftTargetKLLoss, VkDLoss
 from .normalization import Normalization, normalize
-from .projectors import LinearProjector, MLPProjector, OrthogonalProjector
+from .projectors import LinearProjector, MLPProjector, OrthogonalProjector, ReleasedProjector
 from .stiefel import orthogonalize
 from .wrappers import ProjectedStudent
 
@@ -21,6 +21,7 @@ __all__ = [
     "Normalization",
     "OrthogonalProjector",
     "ProjectedStudent",
+    "ReleasedProjector",
     "SoftTargetCrossEntropy",
     "SoftTargetKLLoss",
     "VkDLoss",

@@ -1,7 +1,8 @@
 """Projectors: from the student's feature space to the teacher's, on the last dimension of (..., C).
 
 ``OrthogonalProjector`` is the method of VkD (Miles, Elezi, Deng, CVPR 2024, arXiv 2403.06213, section on
-orthogonal projections); ``LinearProjector`` and ``MLPProjector`` are what the paper's ablation compares it with.
+orthogonal projections); ``LinearProjector`` and ``MLPProjector`` are what the paper's ablation compares it with;
+``ReleasedProjector`` is what its released code trains with.
 """
 
 import inspect
@@ -311,8 +312,36 @@ class MLPProjector(nn.Sequential):
         self.out_features = out_features
 
 
+class ReleasedProjector(nn.Module):
+    """The projector of the method's released ImageNet code, for comparison alone: weight decay makes it zero.
+
+    torch's orthogonal parametrisation takes the Householder map for a weight that is not square, and truncates the
+    diagonal of its raw matrix, -1 at first, to whole numbers. With weight decay on that matrix, as there, the first
+    step of the optimizer makes the diagonal -0.99..., which becomes 0, and so does all that is projected. Nothing is
+    changed here: the raw matrix is left to weight decay, and no orthogonality is measured.
+
+    Args:
+        in_features: C of the student.
+        out_features: C of the teacher.
+
+    YAML::
+
+        projector: {key: 'ReleasedProjector'}
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.linear = nn.utils.parametrizations.orthogonal(nn.Linear(in_features, out_features, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return self.linear(x)
+
+
 PROJECTORS: dict[str, type[nn.Module]] = {
-    cls.__name__: cls for cls in (OrthogonalProjector, LinearProjector, MLPProjector)
+    cls.__name__: cls for cls in (OrthogonalProjector, LinearProjector, MLPProjector, ReleasedProjector)
 }
 
 

@@ -41,7 +41,7 @@ def print_page(facts: Facts) -> None:
                 d.kind,
                 _samples(d.length),
                 f"of {_shape(d.sample)}" if d.sample else "",
-                "" if d.is_here else "not here",
+                "" if d.is_here else "not read",
             )
             for d in facts.datasets
         ],

@@ -51,6 +51,8 @@ class StandIn(Dataset[Any]):
         lengths, self.size, self.mode = _SIZES.get(self.kind, ((None, None), (500, 375), "RGB"))
         is_train = kwargs.get("train", kwargs.get("split", "train") == "train")
         self.length: int | None = lengths[0] if is_train else lengths[1]
+        if hasattr(target, "length_of_split"):  # this package's own
+            self.length = target.length_of_split(**kwargs)
         self.transform = kwargs.get("transform")
         self.target_transform = kwargs.get("target_transform")
         self.transforms = kwargs.get("transforms")

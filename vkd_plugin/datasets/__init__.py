@@ -5,8 +5,16 @@ import torchvision.datasets  # noqa: F401
 
 from .augmentation import RandomGaussianBlur
 from .digits import Digits
+from .fashion_mnist import FashionMNIST
 from .image_folder import ImageFolder
 from .mixing import MixingCollator
 from .repeated_augment import RepeatedAugmentSampler
 
-__all__ = ["Digits", "ImageFolder", "MixingCollator", "RandomGaussianBlur", "RepeatedAugmentSampler"]
+__all__ = [
+    "Digits",
+    "FashionMNIST",
+    "ImageFolder",
+    "MixingCollator",
+    "RandomGaussianBlur",
+    "RepeatedAugmentSampler",
+]

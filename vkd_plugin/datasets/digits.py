@@ -3,7 +3,6 @@
 Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from torchdistill.datasets.registry import register_dataset
 
 from ..arguments import one_of
+from .fractions import kept_fraction, shuffled
 
 _TEST_PER_CLASS = 50
 
@@ -77,8 +77,7 @@ class Digits(Dataset):
             if split == "test":
                 kept += test
             else:
-                train = sorted(set(members) - test, key=lambda index: _draw(seed, index))
-                kept += train[: max(1, round(fraction * len(train)))]
+                kept += kept_fraction(shuffled(sorted(set(members) - test), seed), fraction)
         kept.sort()
         self._images = np.rint(data.images[kept] * (255 / 16)).astype(np.uint8)
         self.targets: list[int] = data.target[kept].tolist()
@@ -97,8 +96,3 @@ class Digits(Dataset):
 
     def __len__(self) -> int:
         return len(self.targets)
-
-
-def _draw(seed: int, index: int) -> bytes:
-    """A sort key that puts indices in a random order; a hash, as libraries change their generators."""
-    return hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()

@@ -5,7 +5,7 @@ from .deit import (
     deit_small_distilled_conv_patch16_224,
     deit_tiny_distilled_conv_patch16_224,
 )
-from .small import digits_cnn, digits_vit
+from .small import digits_cnn, digits_vit, fashion_cnn, fashion_vit
 from .timm_bridge import timm_model
 from .weights import fit_weights, load_weights
 
@@ -15,6 +15,8 @@ __all__ = [
     "deit_tiny_distilled_conv_patch16_224",
     "digits_cnn",
     "digits_vit",
+    "fashion_cnn",
+    "fashion_vit",
     "fit_weights",
     "load_weights",
     "timm_model",

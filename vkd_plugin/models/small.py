@@ -1,8 +1,10 @@
-"""A teacher and a student of a size for 8 x 8 digits: minutes on a CPU, yet the shapes of the paper's pair.
+"""Teachers and students of a size for 8 x 8 digits and for Fashion-MNIST: minutes on a CPU, yet the paper's shapes.
 
-The teacher is convolutional, the student a vision transformer without any convolution beyond its patches, so
+The teachers are convolutional, the students vision transformers without any convolution beyond their patches, so
 there is an inductive bias to hand over.
 """
+
+from typing import Any, TypeVar
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -11,9 +13,9 @@ from torchdistill.models.registry import register_model
 from .weights import fit_weights, load_weights
 
 
-def _conv(in_channels: int, out_channels: int) -> nn.Sequential:
+def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
@@ -49,10 +51,54 @@ def digits_cnn(num_classes: int = 10, width: int = 32, in_chans: int = 1, checkp
         in_chans: channels of the images.
         checkpoint: a local file of weights.
     """
-    model = DigitsCNN(num_classes, width, in_chans)
-    if checkpoint is not None:
-        fit_weights(model, load_weights(checkpoint), checkpoint)
-    return model
+    return _with_weights(DigitsCNN(num_classes, width, in_chans), checkpoint)
+
+
+class _Residual(nn.Module):
+    """Two 3 x 3 convolutions beside the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(channels, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.norm2(self.conv2(self.conv1(x)))).relu()
+
+
+class FashionCNN(nn.Module):
+    """A residual network of six 3 x 3 convolutions with two halvings; see :func:`fashion_cnn`.
+
+    Images (B, in_chans, H, W) to logits (B, num_classes). The module ``final_conv`` puts out the last feature
+    map, (B, 4 * width, H / 4, W / 4), after its ReLU; ``global_pool`` its mean over all locations, (B, 4 * width).
+    """
+
+    def __init__(self, num_classes: int, width: int, in_chans: int) -> None:
+        super().__init__()
+        self.stem = _conv(in_chans, width)
+        self.pool = nn.MaxPool2d(2)
+        self.middle = nn.Sequential(_conv(width, width), _Residual(width), _conv(width, 4 * width, stride=2))
+        self.final_conv = _Residual(4 * width)
+        self.global_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.pool(self.stem(x)))
+        return self.head(self.global_pool(self.final_conv(x)))
+
+
+@register_model
+def fashion_cnn(num_classes: int = 10, width: int = 32, in_chans: int = 1, checkpoint: str | None = None) -> FashionCNN:
+    """A convolutional teacher: at the default width 362 thousand parameters, ``final_conv`` (B, 128, 7, 7).
+
+    Args:
+        num_classes: size of the output.
+        width: channels of the first convolution; the last has four times as many.
+        in_chans: channels of the images.
+        checkpoint: a local file of weights.
+    """
+    return _with_weights(FashionCNN(num_classes, width, in_chans), checkpoint)
 
 
 @register_model
@@ -85,3 +131,23 @@ def digits_vit(
         num_heads=num_heads,
         drop_path_rate=drop_path_rate,
     )
+
+
+@register_model
+def fashion_vit(img_size: int = 28, patch_size: int = 7, **kwargs: Any) -> VisionTransformer:
+    """:func:`digits_vit` for 28 x 28 images: a class token, 16 patches; 117 thousand parameters.
+
+    Args:
+        img_size, patch_size: in pixels.
+        kwargs: as for :func:`digits_vit`.
+    """
+    return digits_vit(img_size=img_size, patch_size=patch_size, **kwargs)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _with_weights(model: M, checkpoint: str | None) -> M:
+    if checkpoint is not None:
+        fit_weights(model, load_weights(checkpoint), checkpoint)
+    return model

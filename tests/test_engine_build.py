@@ -1,11 +1,14 @@
-"""Batch sizes that are divided among processes."""
+"""Batch sizes that are divided among processes, and statistics that they share."""
 
+import logging
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from vkd_plugin.config import Experiment, load_experiment
-from vkd_plugin.engine.build import for_processes
+from vkd_plugin.engine.build import build_model, for_processes
 from vkd_plugin.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +52,19 @@ def test_without_the_key_or_alone_nothing_changes() -> None:
 def test_what_cannot_be_divided_has_its_line() -> None:
     with pytest.raises(ConfigError, match=r"vit_from_cnn.yaml:\d+:\d+: train.*batches of 64 cannot be divided among 3"):
         for_processes(experiment(), 3)
+
+
+@pytest.mark.parametrize("key", ["{key: timm_model, kwargs: {name: test_resnet}}", "{key: resnet18, kwargs: {}}"])
+@pytest.mark.parametrize(("distributed", "device"), [(True, "meta"), (True, "cpu"), (False, "meta")])
+def test_statistics_of_all_processes(
+    key: str, distributed: bool, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of timm's models as well as of torchvision's; on the CPU torch has no SyncBatchNorm, and a warning says so."""
+    model = f"models.student_model={key[:-1]}, sync_bn: True}}"
+    with caplog.at_level(logging.WARNING):
+        built = build_model(load_experiment(VKD, [model]), "student_model", torch.device(device), distributed)
+    normalizations = [m for m in built.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(normalizations) > 5
+    synchronised = {isinstance(m, nn.SyncBatchNorm) for m in normalizations}
+    assert synchronised == {distributed and device != "cpu"}
+    assert ("student_model: SyncBatchNorm works on GPUs only" in caplog.text) == (distributed and device == "cpu")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
@@ -127,12 +128,23 @@ def build_model(experiment: Experiment, section: str, device: torch.device, dist
     """
     config: dict[str, Any] = experiment.data["models"][section]
     with blame(experiment, "models", section, "key"):
-        model = get_image_classification_model({"kwargs": {}, **_filled(config)}, distributed)
+        model = get_image_classification_model({"kwargs": {}, **_filled(config)}, False)  # sync_bn: see below
         if model is None:
             model = get_model(config["key"], config.get("repo_or_dir"), **(config.get("kwargs") or {}))
+    if config.get("sync_bn") and distributed:
+        model = _with_synchronised_statistics(model, section, device)
     with blame(experiment, "models", section, "src_ckpt"):
         load_if_there(model, config.get("src_ckpt"))
     return model.to(device)
+
+
+def _with_synchronised_statistics(model: nn.Module, section: str, device: torch.device) -> nn.Module:
+    """The model with SyncBatchNorm for BatchNorm; torchdistill does it for torchvision's models alone."""
+    if device.type == "cpu":
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+            logger.warning("%s: SyncBatchNorm works on GPUs only: each process takes its own statistics", section)
+        return model
+    return convert_sync_batchnorm(model)
 
 
 def _filled(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ The boxes build models, hooks, criterion, optimizer and scheduler from the YAML 
   be left out where a number is not finite.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -176,6 +177,8 @@ class EngineBox(_Box):
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
         super().setup(train_config)
         self._has_stepped = False
+        if self.precision.scaler.is_enabled():  # it may leave out the first step, which torch takes for a wrong order
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
         if self.distributed:
             self._average_gradients()
         if self._own_post_forward is not None:

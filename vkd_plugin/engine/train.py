@@ -29,6 +29,7 @@ from .box import EngineBox, build_box
 from .build import blame, for_processes
 from .ema import StudentEMA
 from .guard import weights_are_finite
+from .layout import lay_out_like_weights
 from .loaders import (
     Position,
     batches_in_epoch,
@@ -411,6 +412,7 @@ class Trainer:
             while getattr(box, "stage_end_epoch", math.inf) <= state["epoch"] < box.num_epochs:
                 box.advance_to_next_stage()
             notes = load_training_state(box, state, changed)
+            lay_out_like_weights(box.optimizer)
             self.precision.scaler.load_state_dict(state["scaler"])
             if self.ema is not None and state["ema"] is not None:
                 self.ema.averaged.load_state_dict(state["ema"])
@@ -481,6 +483,7 @@ class Trainer:
         try:
             if state.get("optimizer") is not None:
                 self.box.optimizer.load_state_dict(optimizer_state_like(state["optimizer"], self.box.optimizer))
+                lay_out_like_weights(self.box.optimizer)
             if state.get("lr_scheduler") is not None and self.box.lr_scheduler is not None:
                 self.box.lr_scheduler.load_state_dict(state["lr_scheduler"])
         except (ValueError, KeyError) as error:

@@ -1,53 +1,28 @@
 """The DeiT students with a convolutional stem, held against the method's reference code.
 
-The numbers in ``data/parity/deit_tiny.json`` were recorded from the reference's DeiT-Ti, filled with the weights that
-``data/parity/fill.py`` makes from their names: what it puts out, and one whole training step.
+What the reference's DeiT-Ti puts out is held against here, its whole training step in ``test_imagenet_evidence.py``.
 """
 
 import copy
-import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import yaml
+from parity_helper import RECORDED, TINY, assert_recorded, filled, images, made
 from safetensors.torch import save_file
 from timm.models import group_parameters
-from timm.optim import param_groups_weight_decay
 from torch import nn
-from torchdistill.losses.registry import get_high_level_loss
 from torchdistill.models.registry import get_model
 
-from vkd_plugin import ProjectedStudent
 from vkd_plugin.check import examine
 from vkd_plugin.models.deit import ConvStem, ConvStemDeiT
 
-HERE = Path(__file__).parent
-RECORDED = json.loads((HERE / "data" / "parity" / "deit_tiny.json").read_text())
-STEP = RECORDED["engine_step"]
-FILL = SimpleNamespace(**runpy.run_path(str(HERE / "data" / "parity" / "fill.py")))
-IMAGENET = HERE / "data" / "check" / "imagenet.yaml"
-TINY = "deit_tiny_distilled_conv_patch16_224"
+IMAGENET = Path(__file__).parent / "data" / "check" / "imagenet.yaml"
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
-
-
-def made(name: str, shape: tuple[int, ...], **scaling: float) -> torch.Tensor:
-    return torch.from_numpy(FILL.inputs(name, shape, **scaling))
-
-
-def images(dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return made("image", (2, 3, 224, 224), scale=1.7).to(dtype)
-
-
-def filled(dtype: torch.dtype = torch.float64) -> ConvStemDeiT:
-    model = timm.create_model(TINY, dtype=dtype)
-    return FILL.fill_torch(model)
 
 
 def small(**kwargs: Any) -> ConvStemDeiT:
@@ -58,19 +33,6 @@ def small(**kwargs: Any) -> ConvStemDeiT:
 
 def small_images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return made("small image", (2, 3, 64, 64), scale=1.7).to(dtype)
-
-
-def assert_recorded(name: str, tensor: torch.Tensor, expected: dict[str, Any], tolerance: float) -> None:
-    """Every recorded number, to ``tolerance`` of the scale of what it is summed from."""
-    rows = tensor.dim() > 0 and isinstance(expected["first8"][0], list)
-    found = FILL.summary(name, tensor.detach().numpy(), rows=rows)
-    assert found["shape"] == expected["shape"]
-    for key in ("norm", "absmax"):
-        assert found[key] == pytest.approx(expected[key], rel=tolerance), (name, key)
-    for key in ("sum", "probe"):
-        assert found[key] == pytest.approx(expected[key], abs=tolerance * expected["norm"]), (name, key)
-    first, wanted = (torch.tensor(summary["first8"]) for summary in (found, expected))
-    torch.testing.assert_close(first, wanted, rtol=0, atol=tolerance * expected["absmax"], msg=name)
 
 
 # The reference's numbers.
@@ -129,125 +91,6 @@ def test_what_the_reference_puts_out(precision: str) -> None:
     state = model.state_dict()
     for name, expected in recorded["train_running_stats_after_1_forward"].items():
         assert_recorded(name, state[name], expected, tolerance)
-
-
-CRITERION = """
-key: 'WeightedSumLoss'
-kwargs:
-  sub_terms:
-    xe_loss:
-      criterion: {key: 'SoftTargetCrossEntropy', kwargs: {}}
-      criterion_wrapper:
-        key: 'SimpleLossWrapper'
-        kwargs:
-          input: {is_from_teacher: False, module_path: 'model.head', io: 'output'}
-          target: {uses_label: True}
-      weight: 1.0
-    repr_distill_loss:
-      criterion: {key: 'VkDLoss', kwargs: {normalization: 'layer_norm', distance: 'smooth_l1'}}
-      criterion_wrapper:
-        key: 'FeaturePair'
-        kwargs:
-          student: {module: 'features.tokens'}
-          teacher: {module: 'final_conv', readout: 'spatial_mean'}
-      weight: 1.0
-    kl_loss:
-      criterion: {key: 'SoftTargetKLLoss', kwargs: {temperature: 1.0}}
-      criterion_wrapper:
-        key: 'FeaturePair'
-        kwargs: {student: {module: 'model.head_dist'}, teacher: {module: '.'}}
-      weight: 1.0
-"""
-
-
-class Step:
-    """The reference's training step with the plugin's parts, in float64."""
-
-    def __init__(self) -> None:
-        self.model = filled()
-        sizes = {"in_features": 192, "out_features": 3024}
-        tokens = {"module": "norm", "readout": "mean_patch_tokens", "projector": sizes}
-        self.student = ProjectedStudent(self.model, {"tokens": tokens}).train()
-        self.projector = self.student.features["tokens"].projector.double()
-        self.projector.weight = torch.from_numpy(FILL.orthonormal("projector.3024x192", 3024, 192))
-        self.criterion = get_high_level_loss(yaml.safe_load(CRITERION))
-        self.seen: dict[str, dict[str, Any]] = {}
-        for path in ("model.head", "model.head_dist", "features.tokens", "features.tokens.projector"):
-            self._hook(path)
-        self.teacher = {
-            "final_conv": {"output": made("teacher_map_2", (2, 3024, 7, 7), scale=2.0).clamp(min=0)},
-            ".": {"output": made("teacher_logits_2", (2, 1000), scale=4.0)},
-        }
-        self.targets = torch.from_numpy(FILL.soft_targets([3, 917], 1000, 0.7, 0.1).copy())
-
-    def _hook(self, path: str) -> None:
-        def keep(_module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            self.seen[path] = {"input": args[0], "output": output}
-
-        self.student.get_submodule(path).register_forward_hook(keep)
-
-    def losses(self) -> dict[str, torch.Tensor]:
-        """A forward pass; every term, and their sum after the backward pass."""
-        self.student.zero_grad()
-        self.student(images())
-        rows = self.seen["features.tokens.projector"]
-        for tensor in rows.values():
-            tensor.retain_grad()
-        total = self.criterion({"student": self.seen, "teacher": self.teacher}, {}, self.targets)
-        total.backward()
-        terms = self.criterion.term_dict.items()
-        found = {name: term(self.seen, self.teacher, self.targets) for name, (term, _) in terms}
-        return {**found, "total": total}
-
-
-def test_the_reference_training_step() -> None:
-    step = Step()
-    model = step.model
-    recorded = STEP["gradients"]
-    for name, loss in step.losses().items():
-        assert loss.item() == pytest.approx(STEP["losses"][name], rel=1e-9), name
-
-    parameters = dict(model.named_parameters())
-    for name in recorded.keys() & parameters.keys():
-        assert_recorded(f"grad:{name}", parameters[name].grad, recorded[name], 1e-9)
-    norm = torch.stack([value.grad.norm() for value in parameters.values()]).norm()
-    assert norm.item() == pytest.approx(recorded["__all_except_projector_norm"], rel=1e-9)
-    rows = step.seen["features.tokens.projector"]
-    raw = norm_of_householder_gradient(step.projector.weight.detach(), rows["output"].grad.T @ rows["input"].detach())
-    assert raw == pytest.approx(recorded["projector.parametrizations.weight.original"]["norm"], rel=1e-9)
-
-    groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    expected = {group["weight_decay"]: set(group["names"]) for group in RECORDED["optimizer"]["groups"]}
-    expected[0.05].discard("projector.parametrizations.weight.original")
-    names = {id(value): name for name, value in parameters.items()}
-    assert {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in groups} == expected
-    # Where the reference has its projector, and loses it: among what decays.
-    next(group for group in groups if group["weight_decay"])["params"].append(step.projector.raw_weight)
-    torch.optim.AdamW(groups, lr=5e-4).step()
-    for name, wanted in STEP["after_adamw_step"].items():
-        assert_recorded(f"step:{name}", parameters[name], wanted, 1e-9)
-
-    collapse = STEP["projector_collapse"]
-    second = step.losses()
-    for name in ("xe_loss", "kl_loss"):
-        assert second[name].item() == pytest.approx(collapse["losses_step2"][name], rel=1e-9), name
-    assert step.projector.orthogonality_error() < 1e-12
-    assert step.projector.weight.norm().item() == pytest.approx(collapse["projector_weight_norm_before"], rel=1e-12)
-    lost = collapse["losses_step2"]["repr_distill_loss"]
-    assert lost == pytest.approx(collapse["smooth_l1_of_zero_against_target"])
-    assert abs(second["repr_distill_loss"].item() - lost) > 1e-3
-    assert step.seen["features.tokens.projector"]["input"].grad.norm() > 1e-3
-
-
-def norm_of_householder_gradient(weight: torch.Tensor, gradient: torch.Tensor) -> float:
-    """The norm of the gradient with respect to the reference's raw parameter.
-
-    That makes the projector P = B H(raw)[:, :k], with B orthogonal, its first k columns P, and the products H of
-    Householder reflections of raw = -I. There dP / d raw_ji = 2 B (E_ji - E_ij) below the diagonal, and with
-    S = P^T G the squared norm is 4 (|S - S^T|^2 / 2 + |G|^2 - |S|^2), whichever way B was completed.
-    """
-    s = weight.T @ gradient
-    return 2 * float((s - s.T).square().sum() / 2 + gradient.square().sum() - s.square().sum()) ** 0.5
 
 
 # Initial weights.

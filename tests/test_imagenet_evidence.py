@@ -20,11 +20,11 @@ from unittest.mock import patch
 import pytest
 import timm
 import torch
+from parity_helper import FILL as PARITY
+from parity_helper import RECORDED as REFERENCE
+from parity_helper import STEP, assert_recorded, filled, images, made, norm_of_householder_gradient
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from test_deit import FILL as PARITY
-from test_deit import RECORDED as REFERENCE
-from test_deit import STEP, assert_recorded, filled, images, made, norm_of_householder_gradient
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torchdistill.models.registry import MODEL_DICT

@@ -443,12 +443,13 @@ def test_a_step_that_was_left_out_is_not_averaged() -> None:
     model = Indexed()
     ema = StudentEMA(model, 0.7)
     for step, left_out in enumerate((False, True, False)):
-        before = {name: value.clone() for name, value in ema.model.state_dict().items()}
+        before = {name: value.clone() for name, value in ema.averaged.state_dict().items()}
         model.weight.data += 1 / 3
         model.index += 1
         ema.update(model, torch.tensor(left_out))
-        equal = {name: torch.equal(value, before[name]) for name, value in ema.model.state_dict().items()}
-        assert equal == {"weight": left_out, "index": left_out, "mask": True}, step
+        equal = {name: torch.equal(value, before[name]) for name, value in ema.averaged.state_dict().items()}
+        expected = {"n_averaged": left_out, "module.weight": left_out, "module.index": left_out, "module.mask": True}
+        assert equal == expected, step
 
 
 def test_the_ema_is_timms_once_a_step_and_what_is_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ class StudentEMA:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay:g}")
         self.decay = decay
-        self.averaged = AveragedModel(student)
+        self.averaged = AveragedModel(student, device=next(student.parameters()).device)  # its counter too
         self.averaged.eval()
 
     @property
@@ -40,7 +40,7 @@ class StudentEMA:
             left_out: a truth value on the device: the step was not made, and the average stays what it was.
         """
         # Not AveragedModel's own update. It averages whole numbers too, and rounds down: an index of 29 becomes 28.
-        # And it copies its counter to the device at each step, for which a GPU has to be waited for.
+        # And it reads or copies its counter at each step, for which a GPU has to be waited for.
         averages, values = ([*model.parameters(), *model.buffers()] for model in (self.model, student))
         if left_out is not None:
             values = [torch.where(left_out, old, new) for old, new in zip(averages, values, strict=True)]
@@ -52,4 +52,4 @@ class StudentEMA:
             else:
                 average.copy_(value)
         torch._foreach_lerp_(*broken, 1 - self.decay)
-        self.averaged.n_averaged += 1
+        self.averaged.n_averaged += 1 if left_out is None else ~left_out

@@ -529,6 +529,7 @@ REVIEWED = {
     "torchvision.datasets.voc._VOCBase.__init__": "fixed addresses and MD5 sums",
     "torchvision.models._api.get_weight": "a fixed module",
     "vkd_plugin.models.weights.read_checkpoint": "weights_only",
+    "vkd_plugin.datasets.coco_annotations.read_annotations": "JSON",
 }
 _GLOBALS = {
     *("__import__", "compile", "ctypes", "eval", "exec", "importlib", "marshal", "pickle", "runpy", "shutil"),

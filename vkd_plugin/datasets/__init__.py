@@ -4,6 +4,8 @@
 import torchvision.datasets  # noqa: F401
 
 from .augmentation import RandomGaussianBlur
+from .coco import CocoDetection, coco_collate_fn
+from .detection_transforms import RandomSizeCrop, ResizeShortSide
 from .digits import Digits
 from .fashion_mnist import FashionMNIST
 from .image_folder import ImageFolder
@@ -11,10 +13,14 @@ from .mixing import MixingCollator
 from .repeated_augment import RepeatedAugmentSampler
 
 __all__ = [
+    "CocoDetection",
     "Digits",
     "FashionMNIST",
     "ImageFolder",
     "MixingCollator",
     "RandomGaussianBlur",
+    "RandomSizeCrop",
     "RepeatedAugmentSampler",
+    "ResizeShortSide",
+    "coco_collate_fn",
 ]

@@ -7,6 +7,7 @@ from .deit import (
 )
 from .small import digits_cnn, digits_vit, fashion_cnn, fashion_vit
 from .timm_bridge import timm_model
+from .vidt import vidt_swin_base, vidt_swin_nano, vidt_swin_small, vidt_swin_tiny
 from .weights import fit_weights, load_weights
 
 __all__ = [
@@ -20,4 +21,8 @@ __all__ = [
     "fit_weights",
     "load_weights",
     "timm_model",
+    "vidt_swin_base",
+    "vidt_swin_nano",
+    "vidt_swin_small",
+    "vidt_swin_tiny",
 ]

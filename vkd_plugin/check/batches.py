@@ -49,8 +49,16 @@ def two_samples(
     return None
 
 
-def grown(batch: Any, size: int) -> Any:
-    """A batch of two with ``size`` samples, all of them the first."""
+def grown(batch: Any, size: int, lists: bool = False) -> Any:
+    """A batch of two with ``size`` samples, all of them the first.
+
+    Args:
+        batch: collated.
+        size: see above.
+        lists: its parts are sequences of samples, not tensors.
+    """
+    if lists:
+        return tuple((part[0],) * size for part in batch)
     if isinstance(batch, Tensor):
         return batch[:1].expand(size, *batch.shape[1:]).clone() if batch.ndim and len(batch) == 2 else batch
     if isinstance(batch, dict):

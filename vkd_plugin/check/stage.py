@@ -15,7 +15,9 @@ from ..engine.meter import TermMeter
 from ..engine.precision import Precision
 from ..engine.sharding import parameters_of
 from ..errors import BadValue, ConfigError
+from ..tasks import task_for
 from ..tasks.classification import logits
+from ..tasks.detection import detections
 from ..wrappers import ProjectedStudent
 from . import describe
 from .batches import grown, two_samples
@@ -62,6 +64,7 @@ class Stage:
         self.sides = ("teacher", "student") if teacher is not None else ("model",)
         self.datasets: dict[str, Any] = notes.experiment.data["datasets"]
         self._kept = 0.0  # numbers that the optimizer keeps for each that it trains
+        self.task = task_for(notes.experiment)
         self.facts = StageFacts(path[1] if len(path) > 1 else None, int(config["num_epochs"]))
 
     def run(self) -> None:
@@ -81,13 +84,17 @@ class Stage:
                 return
             try:
                 self._describe_optimizer(box)
-                self._step(box, grown(batch, self._batch_size))
+                self._step(box, grown(batch, self._batch_size, self.task.lists))
             finally:
                 box.clean_modules()
 
     def _batch(self, loader: str) -> Any:
         training = loader == "train_data_loader"
-        return two_samples(self.datasets, self.config[loader], training, self.notes, *self.path, loader)
+        batch = two_samples(self.datasets, self.config[loader], training, self.notes, *self.path, loader)
+        if batch is not None:
+            with self.notes.collecting(*self.path, loader):
+                self.task.unpack(batch, CPU)
+        return batch
 
     @property
     def _batch_size(self) -> int:
@@ -183,7 +190,7 @@ class Stage:
     # The step.
 
     def _step(self, box: EngineBox, batch: Any) -> None:
-        samples, targets, *rest = batch
+        samples, targets, supplement = self.task.unpack(batch, CPU)
         watched = Watched.in_box(box, self.notes, self.path, self.sides)
         self._check_terms(watched)
         if not any(p.requires_grad for p in parameters_of(box.optimizer)):
@@ -195,7 +202,7 @@ class Stage:
         box.student.train()
         loss: Any = None
         with self.notes.collecting(*self.path, "criterion"), saved.counting():
-            loss = box.forward_process(samples, targets, rest[0] if rest else None)
+            loss = box.forward_process(samples, targets, supplement)
         self.facts.features = describe.features(box, watched)
         self.facts.terms = describe.terms(watched, self.config["criterion"])
         if self.notes.facts.problems:
@@ -285,7 +292,9 @@ class Stage:
                 with FlopCounterMode(display=False) as flops:
                     outputs = model(validated[0])
                 facts.flops = flops.get_total_flops() // len(validated[0])
-                if section == student:
+                if self.task.lists:
+                    detections(outputs, len(validated[0]))
+                elif section == student:
                     self._check_classes(logits(outputs).shape[1], section)
                 if _size(trained[0]) != _size(validated[0]):
                     model(trained[0])

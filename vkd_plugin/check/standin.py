@@ -56,6 +56,8 @@ class StandIn(Dataset[Any]):
         self.transform = kwargs.get("transform")
         self.target_transform = kwargs.get("target_transform")
         self.transforms = kwargs.get("transforms")
+        self._item = getattr(target, "absent_item", None)  # this package's own, if its items are no classes
+        self._kwargs = dict(kwargs)
 
     def __getitem__(self, index: int) -> Any:
         if not isinstance(index, int):
@@ -63,8 +65,11 @@ class StandIn(Dataset[Any]):
         width, height = self.size
         channels = () if self.mode == "L" else (3,)
         pixels = np.random.default_rng(index).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        if self._item is not None:
+            return self._item(image, index, **self._kwargs)
         both = self.transforms or StandardTransform(self.transform, self.target_transform)
-        return both(Image.fromarray(pixels), index % 2)
+        return both(image, index % 2)
 
     def __len__(self) -> int:
         if self.length is None:

@@ -115,7 +115,7 @@ class _Canvas:
 
     def place(self, source: Any, random: Random, size: int) -> None:
         """Lays an item somewhere; where there is no room, it is left out."""
-        mask, label = _item(source, random, random.randint(size // 8, size // 3))
+        mask, label = _item(source, random, random.randint(size // 8, size // 2))
         where = self._room(mask.shape, random)
         if where is not None:
             self._lay(mask, where, random)

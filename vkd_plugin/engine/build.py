@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torchdistill.models.official import get_image_classification_model
+from torchdistill.models.official import get_image_classification_model, get_object_detection_model
 from torchdistill.models.registry import get_model
 
 from ..config import Experiment
@@ -128,7 +128,10 @@ def build_model(experiment: Experiment, section: str, device: torch.device, dist
     """
     config: dict[str, Any] = experiment.data["models"][section]
     with blame(experiment, "models", section, "key"):
-        model = get_image_classification_model({"kwargs": {}, **_filled(config)}, False)  # sync_bn: see below
+        filled = {"kwargs": {}, **_filled(config)}
+        model = get_image_classification_model(filled, False)  # sync_bn: see below
+        if model is None:
+            model = get_object_detection_model(filled)
         if model is None:
             model = get_model(config["key"], config.get("repo_or_dir"), **(config.get("kwargs") or {}))
     if config.get("sync_bn") and distributed:

@@ -20,9 +20,11 @@ class TermMeter:
         self._now: dict[str, Tensor] = {}
 
     def attach(self, criterion: nn.Module) -> None:
-        """Watches the terms of a torchdistill criterion (nothing where it has none)."""
+        """Watches the terms of a torchdistill criterion (nothing where it has none), the model's own included."""
         if not isinstance(criterion, AbstractLoss):
             return
+        if getattr(criterion, "model_loss_factor", None):  # else what the model returns is no part of the loss
+            criterion.register_forward_hook(self._take_model_terms)
         for name, (term, _) in criterion.term_dict.items():
             term.register_forward_hook(self._hook(name))
 
@@ -32,6 +34,11 @@ class TermMeter:
                 self._now[name] = _scalar(value)
 
         return hook
+
+    def _take_model_terms(self, criterion: nn.Module, args: tuple[Any, ...], value: Any) -> None:
+        """Those of a detector, which returns its losses by name: they are what torchdistill hands over second."""
+        model_losses: Mapping[str, Tensor] = args[1]
+        self._now |= {name: _scalar(loss) for name, loss in model_losses.items()}
 
     def take(self, loss: Tensor) -> dict[str, Tensor]:
         """``loss`` and, as ``loss/<name>``, the terms since the last call, as scalars on the device."""

@@ -13,7 +13,7 @@ from ..check import prove
 from ..config import Experiment, load_experiment
 from ..errors import EXIT_DONE, UserError
 from ..models.weights import fit_weights, load_weights, read_checkpoint, split_source
-from ..tasks.classification import Classification
+from ..tasks import task_for
 from .build import blame, build_model, model_sections, stage_sections
 from .checkpoint import LAST, save_atomically
 from .loaders import loader_factory
@@ -213,11 +213,11 @@ def _test(
     if teacher is not None and not options.student_only:
         models.insert(0, ("teacher", teacher))
     results: dict[str, dict[str, float]] = {}
-    votes = Votes(processes)
+    votes, task = Votes(processes), task_for(experiment)
     for name, model in models:
         with precision.autocast():
             batches = until_stopped(loader, processes, votes, stop or StopRequest(), _stopped_in_test)
-            results[name] = Classification().evaluate(model, batches, processes.device)
+            results[name] = task.evaluate(model, batches, processes.device, path if model is student else None)
         figures = "  ".join(f"{key} {value:.4g}" for key, value in results[name].items())
         logger.info("test %s: %s", name, figures)
     return results

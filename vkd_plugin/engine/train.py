@@ -22,7 +22,7 @@ from ..errors import ConfigError, NotFiniteError, UserError
 from ..models.weights import is_url, read_checkpoint, split_source
 from ..random_state import generators_state, restore_generators
 from ..stiefel import UndefinedMapError
-from ..tasks.classification import Classification
+from ..tasks import task_for
 from ..teacher import state_digest
 from .board import Board
 from .box import EngineBox, build_box
@@ -98,7 +98,7 @@ class Trainer:
         self.folder = folder
         self.path = Path(processes.share(str(folder.path) if folder else "."))
         self.seed = seed
-        self.task = Classification()
+        self.task = task_for(experiment)
         self.terms = TermMeter()
         device = processes.device
         with blame(experiment, "train", "amp"):

@@ -16,7 +16,7 @@ from ..engine.checkpoint import read_run_checkpoint
 from ..engine.records import read_metrics
 from ..errors import UserError
 from ..suggest import nearest
-from ..tasks.classification import Classification
+from ..tasks import METRICS
 from .summary import read_summary
 
 _SEARCHED = 2000
@@ -149,7 +149,7 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[str | None]]]:
 
 def _score(record: Mapping[str, Any]) -> float:
     """As the trainer scores an epoch; one whose figures are not finite comes last."""
-    for name in (f"val_ema/{Classification.metric}", f"val/{Classification.metric}"):
+    for name in (f"{prefix}/{metric}" for metric in METRICS for prefix in ("val_ema", "val")):
         if name in record:
             return record[name] if is_number(record[name]) else -float("inf")
     return -record["loss"] if is_number(record.get("loss")) else -float("inf")

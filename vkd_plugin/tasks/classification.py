@@ -1,15 +1,16 @@
 """Image classification: the batch, the measure, and the metric that chooses the best checkpoint."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from .evaluating import evaluating
 
 
 class Classification:
@@ -17,9 +18,11 @@ class Classification:
 
     Attributes:
         metric: name of the figure that chooses the best checkpoint; higher is better.
+        lists: a batch holds tuples of samples; here it holds tensors.
     """
 
     metric = "top1"
+    lists = False
 
     def unpack(self, batch: Any, device: torch.device) -> tuple[Any, Any, Any]:
         """Samples and targets on the device, and the supplement where the loader put it.
@@ -35,8 +38,9 @@ class Classification:
         supplement = rest[0] if rest else {}
         return samples.to(device, non_blocking=True), targets.to(device, non_blocking=True), supplement
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, loader: Iterable[Any], device: torch.device) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, loader: Iterable[Any], device: torch.device, folder: Path | None = None
+    ) -> dict[str, float]:
         """Accuracy and cross-entropy over all samples of a loader, and over those of all processes.
 
         Every process calls it with its own part of the samples; the parts may differ in size. What is summed
@@ -49,6 +53,7 @@ class Classification:
                 was.
             loader: batches with targets (N,), int64.
             device: where the model is.
+            folder: where a task may leave more than figures; this one leaves nothing.
 
         Returns:
             ``top1`` and ``top5``, percent (``top5`` of fewer than five classes is 100), and ``loss``, the
@@ -57,19 +62,11 @@ class Classification:
         Raises:
             UserError: outputs that are not logits, or no samples at all.
         """
-        # Past DistributedDataParallel, which would exchange buffers at each forward and wait for a process
-        # that has fewer batches.
-        model = model.module if isinstance(model, DistributedDataParallel) else model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # samples, top-1 hits, top-5 hits, loss
-        try:
+        with evaluating(model) as bare:
             for batch in loader:
                 samples, targets, _ = self.unpack(batch, device)
-                sums += _batch_sums(logits(model(samples)), targets)
-        finally:
-            for module, training in modes:
-                module.training = training
+                sums += _batch_sums(logits(bare(samples)), targets)
         if dist.is_initialized():
             dist.all_reduce(sums)
         count, top1, top5, loss = sums.tolist()  # the only time that the host waits for the device

@@ -16,11 +16,11 @@ def small_body(**kwargs: Any) -> SwinWithDetTokens:
     return SwinWithDetTokens(**{**sizes, "num_det_tokens": QUERIES, **kwargs})
 
 
-def small_vidt(seed: int = 0, **kwargs: Any) -> ViDT:
+def small_vidt(body: SwinWithDetTokens | None = None, seed: int = 0, **kwargs: Any) -> ViDT:
     """Two decoder layers; the boxes of the queries differ, as after some training."""
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"num_classes": CLASSES, "hidden_dim": 64, "decoder_layers": STAGES - 1, "dropout": 0.0}
-    model = ViDT(small_body(), **{**sizes, "num_heads": 4, "feedforward_dim": 96, **kwargs})
+    model = ViDT(body or small_body(), **{**sizes, "num_heads": 4, "feedforward_dim": 96, **kwargs})
     with torch.no_grad():
         model.backbone.det_pos_embed.normal_()
         for head in model.bbox_embed:
@@ -34,4 +34,8 @@ def random_images(*sizes: tuple[int, int], dtype: torch.dtype = torch.float32) -
 
 
 def target(boxes: list[list[float]], labels: list[int], **more: Any) -> dict[str, Any]:
-    return {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64), **more}
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        **more,
+    }

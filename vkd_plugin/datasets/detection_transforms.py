@@ -5,14 +5,6 @@ H. Song et al., ViDT: An Efficient and Effective Fully Transformer-based Object 
 
 COCO in YAML, for training::
 
-    _to_tensor: &to_tensor
-      - !import_call {key: 'torchvision.transforms.v2.ToImage', init: }
-      - !import_call
-        key: 'torchvision.transforms.v2.ToDtype'
-        init: {kwargs: {dtype: !import_get {key: 'torch.float32'}, scale: True}}
-      - !import_call
-        key: 'torchvision.transforms.v2.Normalize'
-        init: {kwargs: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}}
     _resize: &resize !import_call
       key: 'vkd_plugin.datasets.ResizeShortSide'
       init:
@@ -44,11 +36,17 @@ COCO in YAML, for training::
                               key: 'vkd_plugin.datasets.RandomSizeCrop'
                               init: {kwargs: {min_size: 384, max_size: 600}}
                             - *resize
-            - !import_call {key: 'torchvision.transforms.v2.Compose', init: {kwargs: {transforms: *to_tensor}}}
+            - &to_image !import_call {key: 'torchvision.transforms.v2.ToImage', init: }
+            - &to_float !import_call
+              key: 'torchvision.transforms.v2.ToDtype'
+              init: {kwargs: {dtype: !import_get {key: 'torch.float32'}, scale: True}}
+            - &normalize !import_call
+              key: 'torchvision.transforms.v2.Normalize'
+              init: {kwargs: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}}
 
-For evaluation the first two are one ``ResizeShortSide`` with ``sizes: [800]`` and ``max_size: 1333``. Boxes go along,
-as torchvision's v2 transforms take them along; what a crop leaves nothing of, the data set leaves out. All of them draw
-from torch's global generator, which the engine addresses.
+For evaluation the first two are one ``ResizeShortSide`` with ``sizes: [800]`` and ``max_size: 1333``; detectors of
+torchvision normalise by themselves. Boxes go along, as torchvision's v2 transforms take them along; what a crop leaves
+nothing of, the data set leaves out. All of them draw from torch's global generator, which the engine addresses.
 """
 
 from collections.abc import Sequence

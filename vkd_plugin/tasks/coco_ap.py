@@ -45,21 +45,31 @@ def average_precision(images: Mapping[int, Seen]) -> dict[str, float]:
         32 x 32, from there to 96 x 96, and above; nan where no object is of that size.
 
     Raises:
-        UserError: there is nothing to find, or the evaluator is not installed.
+        UserError: there is nothing to find.
     """
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError:
-        raise UserError("evaluating detectors needs faster-coco-eval: pip install 'vkd-plugin[detection]'") from None
+    COCO, COCOeval = evaluator_classes()
     truth, found = _described(images)
     if not any(not annotation["iscrowd"] for annotation in truth["annotations"]):
         raise UserError(f"nothing to evaluate: no object is annotated in {len(images)} images")
-    evaluator = COCOeval_faster(COCO(truth), COCO(found), "bbox", print_function=lambda *_: None)
+    evaluator = COCOeval(COCO(truth), COCO(found), "bbox", print_function=lambda *_: None)
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
     stats = [float(value) for value in evaluator.stats[: len(FIGURES)]]
     return {name: 100 * value if value >= 0 else math.nan for name, value in zip(FIGURES, stats, strict=True)}
+
+
+def evaluator_classes() -> tuple[Any, Any]:
+    """``COCO`` and ``COCOeval`` of the evaluator, with the interfaces of pycocotools.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError:
+        raise UserError("evaluating detectors needs faster-coco-eval: pip install 'vkd-plugin[detection]'") from None
+    return COCO, COCOeval_faster
 
 
 def write_results(path: Path, images: Mapping[int, Seen], category_ids: Mapping[int, int] | None) -> None:

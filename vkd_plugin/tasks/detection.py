@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.utils.data import default_collate
 
 from ..errors import UserError
-from .coco_ap import Seen, average_precision, write_results
+from .coco_ap import Seen, average_precision, evaluator_classes, write_results
 from .evaluating import evaluating
 
 _TRUTH = "ground_truth"
@@ -27,6 +27,9 @@ class Detection:
     Attributes:
         metric: name of the figure that chooses the best checkpoint; higher is better.
         lists: a batch holds tuples of samples, as they differ in size.
+
+    Raises:
+        UserError: the evaluator is not installed.
     """
 
     metric = "AP"
@@ -35,6 +38,7 @@ class Detection:
 
     def __init__(self, category_ids: Mapping[int, int] | None = None) -> None:
         self.category_ids = category_ids
+        evaluator_classes()  # now, not after an epoch
 
     def unpack(self, batch: Any, device: torch.device) -> tuple[list[Tensor], list[dict[str, Any]], Any]:
         """Images and targets on the device, and the supplement where the loader put it.
@@ -85,7 +89,7 @@ class Detection:
             the size.
 
         Raises:
-            UserError: outputs that are not detections, or are not finite; nothing to evaluate; no evaluator.
+            UserError: outputs that are not detections, or are not finite; nothing to evaluate.
         """
         own: dict[int, Seen] = {}
         with evaluating(model) as bare:

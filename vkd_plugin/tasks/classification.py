@@ -1,6 +1,6 @@
 """Image classification: the batch, the measure, and the metric that chooses the best checkpoint."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,14 @@ class Classification:
 
         Returns:
             ``(samples, targets, supplement)``; the supplement is ``{}`` if there is none.
+
+        Raises:
+            UserError: it is a batch of detection.
         """
         samples, targets, *rest = batch
+        if isinstance(targets, tuple | list | Mapping):
+            found = f"targets that are a {type(targets).__name__}"
+            raise UserError(f"a classifier's targets are a tensor, got {found}; detectors need train: task: 'detection'")
         supplement = rest[0] if rest else {}
         return samples.to(device, non_blocking=True), targets.to(device, non_blocking=True), supplement
 

@@ -258,9 +258,9 @@ def test_the_line_in_the_yaml(tree: Path, capsys: pytest.CaptureFixture[str], mo
     (tree / "train2017/000000000002.jpg").unlink()
     monkeypatch.setenv("COCO_SHAPES", str(tree))
     monkeypatch.chdir(ROOT)
-    assert main(["check", "--data", "tests/data/configs/detector.yaml"]) == 2
+    assert main(["check", "--data", "tests/data/coco/detector.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(r"error: tests/data/configs/detector.yaml:9:15: .*names 1 of 6 images that are not in", line)
+    assert re.match(r"error: tests/data/coco/detector.yaml:9:15: .*names 1 of 6 images that are not in", line)
 
 
 def test_unknown_arguments(shapes: Path) -> None:

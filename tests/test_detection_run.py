@@ -12,7 +12,7 @@ from vkd_plugin.models.weights import read_checkpoint
 from vkd_plugin.tasks.coco_ap import FIGURES
 
 ROOT = Path(__file__).parents[1]
-PLAIN, VKD = (f"tests/data/configs/{name}.yaml" for name in ("detector", "detector_vkd"))
+PLAIN, VKD = (f"tests/data/coco/{name}.yaml" for name in ("detector", "detector_vkd"))
 OWN_LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
 
 
@@ -66,7 +66,7 @@ def test_a_step_without_the_files(capsys: pytest.CaptureFixture[str], monkeypatc
     [
         ("train.task=classification", "a classifier's targets are a tensor, got targets that are a tuple; detectors"),
         ("train.task=detecton", "(did you mean 'detection'?)"),
-        ("train.train_data_loader.collate_fn=", "train.train_data_loader.dataset_id"),
+        ("train.train_data_loader.collate_fn=", "give collate_fn: 'coco_collate_fn'"),
         ("train.model.forward_proc=forward_batch_only", "targets should not be none"),
         ("datasets.coco2017/val.init.kwargs.transforms=", "got Image: end transforms with ToDtype"),
         ("models.model.key=resnet18", "models.model"),

@@ -40,7 +40,11 @@ def two_samples(
         collate = loader.get("collate_fn")
         collate = collate if callable(collate) else get_collate_func(collate)
         samples = [wrapped[0], wrapped[1 if length_of(dataset, "") != 1 else 0]]
-        image = samples[0][0] if isinstance(samples[0], tuple | list) else samples[0]
+        image, *rest = samples[0] if isinstance(samples[0], tuple | list) else samples[:1]
+        if collate is None and rest and isinstance(rest[0], Mapping):
+            message = "its targets are dictionaries, of boxes that differ in number: give collate_fn: 'coco_collate_fn'"
+            notes.problem(message, *path, "dataset_id")
+            return None
         if collate is None and isinstance(image, Image):
             message = "its samples are PIL images: end its transform with torchvision.transforms.ToTensor"
             notes.problem(message, "datasets", name)

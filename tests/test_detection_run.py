@@ -64,7 +64,7 @@ def test_a_step_without_the_files(capsys: pytest.CaptureFixture[str], monkeypatc
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.task=classification", "a classifier's targets are a tensor, got targets that are a tuple; detectors"),
+        ("train.task=classification", "a classifier's targets are a tensor, got a tuple; detectors"),
         ("train.task=detecton", "(did you mean 'detection'?)"),
         ("train.train_data_loader.collate_fn=", "give collate_fn: 'coco_collate_fn'"),
         ("train.model.forward_proc=forward_batch_only", "targets should not be none"),

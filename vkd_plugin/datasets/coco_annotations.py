@@ -76,7 +76,7 @@ def read_annotations(root: str, folder: Path, file: Path) -> Annotations:
         BadValue: it is not what COCO's are; the message says where in the file.
     """
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes(), object_hook=_without_mask)
         return _checked(content, folder, file)
     except (ValueError, KeyError, TypeError, OverflowError, OSError) as error:
         raise BadValue(f"'{file}' {_what(error)}", root) from error
@@ -84,6 +84,12 @@ def read_annotations(root: str, folder: Path, file: Path) -> Annotations:
 
 class _Wrong(ValueError):
     """What is wrong with a file, to be said after its name."""
+
+
+def _without_mask(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry without its polygons, which are most of the file, and of the memory, and not asked for."""
+    entry.pop("segmentation", None)
+    return entry
 
 
 def _what(error: Exception) -> str:

@@ -39,8 +39,10 @@ class Classification:
         """
         samples, targets, *rest = batch
         if isinstance(targets, tuple | list | Mapping):
-            found = f"targets that are a {type(targets).__name__}"
-            raise UserError(f"a classifier's targets are a tensor, got {found}; detectors need train: task: 'detection'")
+            found = type(targets).__name__
+            raise UserError(
+                f"a classifier's targets are a tensor, got a {found}; detectors need train: task: 'detection'"
+            )
         supplement = rest[0] if rest else {}
         return samples.to(device, non_blocking=True), targets.to(device, non_blocking=True), supplement
 

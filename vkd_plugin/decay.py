@@ -13,20 +13,25 @@ of torchdistill's registry does so with ``weight_decay_of: 'matrices'`` among it
     optimizer:
       key: 'AdamW'
       kwargs: {lr: 5.0e-4, weight_decay: 0.05, weight_decay_of: 'matrices'}
+
+or in single modules of the student alone, while of all others everything decays: ``{backbone: 'matrices'}``.
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from .arguments import one_of
+from .errors import BadValue
+from .suggest import nearest
 
 NO_DECAY_MARK = "_no_weight_decay"
+Rule: TypeAlias = str | Mapping[str, str]
 DECAYED = ("all", "matrices")
 """Choices of ``weight_decay_of``: everything but marked parameters; or also without what :func:`no_matrices` names."""
 
@@ -44,6 +49,30 @@ def no_matrices(*models: nn.Module) -> set[int]:
                 names: set[str] = module.no_weight_decay()  # type: ignore[operator]
                 found |= {id(own[name]) for name in names if name in own}
     return found
+
+
+def exempt_in_modules(rules: Mapping[str, str], models: Sequence[nn.Module]) -> set[int]:
+    """``id`` of each parameter that is left alone where rules are given for modules.
+
+    Args:
+        rules: path -> one of DECAYED, for what lies below it; of a module within a module, the inner one's counts.
+        models: in the first that has the path it is looked up.
+
+    Raises:
+        BadValue: no model has such a module; the nearest is named.
+        ValueError: an unknown rule.
+    """
+    exempt: set[int] = set()
+    named = no_matrices(*models)
+    for path in sorted(rules, key=len):
+        rule = one_of(f"weight_decay_of '{path}'", rules[path], DECAYED)
+        found = next((m for model in models for name, m in model.named_modules() if name == path), None)
+        if found is None:
+            paths = [name for name, _ in models[0].named_modules() if name] if models else []
+            raise BadValue(f"weight_decay_of: the student has no module '{path}'{nearest(path, paths)}", path)
+        own = {id(p) for p in found.parameters()}
+        exempt = exempt - own if rule == "all" else exempt | (own & named)
+    return exempt
 
 
 def without_decay(params: Iterable[Any], exempt: Callable[[torch.Tensor], bool] | None = None) -> list[Any]:
@@ -91,16 +120,24 @@ def honouring_no_decay(
 
     Args:
         optimizer: the class.
-        models: gives those whose parameters are trained, for the names in their ``no_weight_decay()``.
+        models: gives those whose parameters are trained, the bare student first, for the names in their
+            ``no_weight_decay()`` and for paths.
 
     Returns:
-        A function with the signature of ``optimizer`` and ``weight_decay_of``, one of DECAYED.
+        A function with the signature of ``optimizer`` and ``weight_decay_of``, one of DECAYED, or a mapping to these
+        from paths of modules of the student (:func:`exempt_in_modules`).
     """
 
     @functools.wraps(optimizer, updated=())
-    def build(params: Iterable[Any], *args: Any, weight_decay_of: str = "all", **kwargs: Any) -> Optimizer:
+    def build(params: Iterable[Any], *args: Any, weight_decay_of: Rule = "all", **kwargs: Any) -> Optimizer:
         exempt = is_marked
-        if one_of("weight_decay_of", weight_decay_of, DECAYED) == "matrices":
+        if isinstance(weight_decay_of, Mapping):
+            named = exempt_in_modules(weight_decay_of, list(models()))
+
+            def exempt(parameter: torch.Tensor) -> bool:
+                return is_marked(parameter) or id(parameter) in named
+
+        elif one_of("weight_decay_of", weight_decay_of, DECAYED) == "matrices":
             named = no_matrices(*models())
 
             def exempt(parameter: torch.Tensor) -> bool:
@@ -109,7 +146,7 @@ def honouring_no_decay(
         return optimizer(without_decay(params, exempt), *args, **kwargs)
 
     signature = inspect.signature(optimizer)
-    rule = inspect.Parameter("weight_decay_of", inspect.Parameter.KEYWORD_ONLY, default="all", annotation=str)
+    rule = inspect.Parameter("weight_decay_of", inspect.Parameter.KEYWORD_ONLY, default="all", annotation=Rule)
     parameters = sorted([*signature.parameters.values(), rule], key=lambda parameter: parameter.kind)
     build.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return build

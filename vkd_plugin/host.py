@@ -89,11 +89,12 @@ def _found(extract: Callable[..., nn.Module | None]) -> Callable[..., nn.Module]
 
 
 def _trained_models() -> list[nn.Module]:
-    """The models of the box that is being set up."""
+    """The models of the box that is being set up, bare and as they are wrapped, the bare student first."""
     setup = current_setup()
     if setup is None:
         return []
-    models = [getattr(setup.box, name, None) for name in ("student_model", "teacher_model", "model")]
+    names = ("org_student_model", "org_model", "student_model", "model", "teacher_model")
+    models = [getattr(setup.box, name, None) for name in names]
     return [model for model in models if isinstance(model, nn.Module)]
 
 

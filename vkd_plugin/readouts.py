@@ -6,7 +6,8 @@ first ``num_prefix_tokens`` are class and distillation tokens. A readout says wh
 Legend: B images, T tokens (prefix tokens included), H x W locations, C channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -87,3 +88,35 @@ def get_readout(name: str) -> Callable[..., Tensor]:
         ValueError: no such readout; the message names the nearest one.
     """
     return READOUTS[one_of("readout", name, READOUTS)]
+
+
+def pick(value: Any, index: int | str | None, where: str) -> Tensor:
+    """The tensor that a layer puts out, or the one at ``index`` of the tuple, list or mapping that it puts out.
+
+    Args:
+        value: what it puts out.
+        index: see above; None for the tensor itself.
+        where: names the layer in messages.
+
+    Raises:
+        ValueError: there is no such part, or it is not a tensor.
+    """
+    picked = value
+    if index is not None:
+        try:
+            picked = value[index]
+        except (KeyError, IndexError, TypeError):
+            raise ValueError(f"no index {index!r} in the {where}, which is {_describe(value)}") from None
+    if not isinstance(picked, Tensor):
+        raise ValueError(f"the {where} is {_describe(picked)}, not a tensor: choose one with 'index'")
+    return picked
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -20,7 +20,7 @@ from .errors import BadValue
 from .host import Setup, current_setup
 from .projectors import OrthogonalProjector, build_projector
 from .random_state import generators_restored
-from .readouts import PREFIX_READOUTS, get_readout
+from .readouts import PREFIX_READOUTS, get_readout, pick
 from .suggest import closest, nearest
 
 
@@ -33,19 +33,29 @@ class ProjectedFeature(nn.Module):
         readout: one of :data:`vkd_plugin.readouts.READOUTS`.
         num_prefix_tokens: class and distillation tokens in front of the patch tokens.
         projector: maps the last dimension from student to teacher channels.
+        index: which part of a tuple, list or mapping, if the module puts out one.
     """
 
-    def __init__(self, module_path: str, io: str, readout: str, num_prefix_tokens: int, projector: nn.Module) -> None:
+    def __init__(
+        self,
+        module_path: str,
+        io: str,
+        readout: str,
+        num_prefix_tokens: int,
+        projector: nn.Module,
+        index: int | str | None = None,
+    ) -> None:
         super().__init__()
         self.module_path = module_path
         self.io = io
         self.readout = readout
         self.num_prefix_tokens = num_prefix_tokens
         self.projector = projector
+        self.index = index
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
         """Whatever the module puts out to (N, C_teacher) rows."""
-        rows = get_readout(self.readout)(x, self.num_prefix_tokens)
+        rows = _rows(x, self.module_path, self.io, self.readout, self.num_prefix_tokens, self.index)
         expected = getattr(self.projector, "in_features", rows.shape[-1])
         if rows.shape[-1] != expected:
             found = f"the feature of module '{self.module_path}' has {rows.shape[-1]} channels"
@@ -53,7 +63,24 @@ class ProjectedFeature(nn.Module):
         return self.projector(rows)
 
     def extra_repr(self) -> str:
-        return f"{self.io} of '{self.module_path}', readout={self.readout}"
+        part = "" if self.index is None else f"[{self.index!r}]"
+        return f"{self.io}{part} of '{self.module_path}', readout={self.readout}"
+
+
+def _rows(
+    value: Any,
+    module: str,
+    io: str = "output",
+    readout: str = "identity",
+    num_prefix_tokens: int | None = 0,
+    index: int | str | None = None,
+) -> Tensor:
+    """What ``readout`` makes of what a module takes or puts out.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    return get_readout(readout)(pick(value, index, f"{io} of module '{module}'"), num_prefix_tokens or 0)
 
 
 class _Captured:
@@ -108,11 +135,12 @@ class ProjectedStudent(AuxiliaryModelWrapper):
 
     Args:
         student_model: the student; torchdistill passes it.
-        features: name -> ``{module, io, readout, num_prefix_tokens, projector}``. ``module`` is a path below the
-            student; ``io`` is ``'output'`` (default) or ``'input'``; ``readout`` one of
-            :data:`vkd_plugin.readouts.READOUTS` (default ``'identity'``); ``num_prefix_tokens`` defaults to the
-            student's attribute of that name; ``projector`` is ``{key, in_features, out_features, ...}`` with a
-            key of :data:`vkd_plugin.projectors.PROJECTORS` (default ``OrthogonalProjector``) and its arguments.
+        features: name -> ``{module, io, index, readout, num_prefix_tokens, projector}``. ``module`` is a path below
+            the student; ``io`` is ``'output'`` (default) or ``'input'``; ``index`` names one part of a tuple, list or
+            mapping; ``readout`` is one of :data:`vkd_plugin.readouts.READOUTS` (default ``'identity'``);
+            ``num_prefix_tokens`` defaults to the student's attribute of that name; ``projector`` is
+            ``{key, in_features, out_features, ...}`` with a key of :data:`vkd_plugin.projectors.PROJECTORS` (default
+            ``OrthogonalProjector``) and its arguments.
             Sizes that are left out are inferred by a dry forward pass: ``in_features`` from the student,
             ``out_features`` from the teacher's side of the ``FeaturePair`` whose student side is this feature.
         input_shape: shape of one input, e.g. ``[3, 224, 224]``, for the dry pass; by default the shape of the
@@ -152,7 +180,7 @@ class ProjectedStudent(AuxiliaryModelWrapper):
             except (TypeError, ValueError) as error:
                 raise ValueError(f"feature '{name}': {error}") from None
             self.features[name] = ProjectedFeature(
-                spec["module"], spec["io"], spec["readout"], spec["num_prefix_tokens"], projector
+                spec["module"], spec["io"], spec["readout"], spec["num_prefix_tokens"], projector, spec["index"]
             )
         self._add_taps()
         self.register_state_dict_post_hook(_to_student_names)
@@ -237,9 +265,13 @@ def _from_student_names(module: nn.Module, state: dict[str, Tensor], prefix: str
     state.update({f"{prefix}features.{key}": value for key, value in features.state_dict().items()})
 
 
+_READ = ("module", "io", "index", "readout", "num_prefix_tokens")
+"""How a feature is read, keys of either side's."""
+
+
 def _feature_spec(name: str, spec: Mapping[str, Any], student: nn.Module) -> dict[str, Any]:
     """One entry of ``features`` with its defaults filled in and its names checked."""
-    keys = ("module", "io", "readout", "num_prefix_tokens", "projector")
+    keys = (*_READ, "projector")
     if not isinstance(spec, Mapping):
         raise ValueError(f"feature '{name}' should be a mapping with the keys {', '.join(keys)}")
     if "." in name or name in ("keys", "values", "items", "pop", "update", "clear", "forward"):
@@ -273,6 +305,7 @@ def _feature_spec(name: str, spec: Mapping[str, Any], student: nn.Module) -> dic
     return {
         "module": path,
         "io": io,
+        "index": spec.get("index"),
         "readout": readout,
         "num_prefix_tokens": prefix or 0,
         "projector": projector,
@@ -285,27 +318,27 @@ def _infer_sizes(student: nn.Module, specs: dict[str, dict[str, Any]], input_sha
         return
     setup = current_setup()
     sample = _sample_input(student, setup, input_shape)
-    for name, spec in specs.items():
-        if "in_features" in spec["projector"]:
-            continue
-        where = {"readout": spec["readout"], "num_prefix_tokens": spec["num_prefix_tokens"]}
+    own = {
+        name: {key: spec[key] for key in _READ}
+        for name, spec in specs.items()
+        if "in_features" not in spec["projector"]
+    }
+    for name, value in _seen(student, sample, own, "feature '{}'").items():
         try:
-            rows = _read(student, sample, spec["module"], spec["io"], **where)
+            specs[name]["projector"]["in_features"] = _rows(value, **own[name]).shape[-1]
         except ValueError as error:
-            raise BadValue(f"feature '{name}': {error}", spec["readout"]) from None
-        spec["projector"]["in_features"] = rows.shape[-1]
-    for name, spec in specs.items():
-        if "out_features" in spec["projector"]:
-            continue
-        side = _teacher_side(name, specs, setup)
-        assert setup is not None
-        where = {k: side[k] for k in ("readout", "num_prefix_tokens", "index") if k in side}
+            raise BadValue(f"feature '{name}': {error}", own[name]["readout"]) from None
+    sides = {
+        name: _teacher_side(name, specs, setup) for name, s in specs.items() if "out_features" not in s["projector"]
+    }
+    if not sides:
+        return
+    assert setup is not None
+    for name, value in _seen(setup.box.teacher_model, sample, sides, "feature '{}', teacher's side").items():
         try:
-            rows = _read(setup.box.teacher_model, sample, side["module"], side.get("io", "output"), **where)
+            specs[name]["projector"]["out_features"] = _rows(value, **sides[name]).shape[-1]
         except ValueError as error:
-            value = error.value if isinstance(error, BadValue) else side.get("readout")
-            raise BadValue(f"feature '{name}', teacher's side: {error}", value) from None
-        spec["projector"]["out_features"] = rows.shape[-1]
+            raise BadValue(f"feature '{name}', teacher's side: {error}", sides[name].get("readout")) from None
 
 
 def _teacher_side(name: str, features: Iterable[str], setup: Setup | None) -> Mapping[str, Any]:
@@ -349,37 +382,42 @@ def _sample_input(student: nn.Module, setup: Setup | None, input_shape: list[int
 
 
 @torch.no_grad()
-def _read(
-    model: nn.Module,
-    sample: Tensor,
-    path: str,
-    io: str,
-    readout: str = "identity",
-    num_prefix_tokens: int = 0,
-    index: int | str | None = None,
-) -> Tensor:
-    """What ``readout`` makes of the input or output of ``model``'s module ``path`` for ``sample``.
+def _seen(model: nn.Module, sample: Tensor, wanted: Mapping[str, Mapping[str, Any]], whose: str) -> dict[str, Any]:
+    """The inputs or outputs of modules of ``model`` for ``sample``, in one forward pass.
 
     The model is run in evaluation mode, so nothing of it changes, and left in the mode that it was in.
+
+    Args:
+        model: which.
+        sample: a batch.
+        wanted: name -> ``module``, its path, and ``io``.
+        whose: a format for what messages begin with, which takes the name.
     """
     modules = dict(model.named_modules())
-    path = "" if path == "." else path
-    if path not in modules:
-        raise BadValue(f"there is no module '{path}'{nearest(path, modules.keys() - {''})}", path)
-    seen: list[Any] = []
-    handle = modules[path].register_forward_hook(
-        lambda module, args, output: seen.append(output if io == "output" else args[0])
-    )
+    seen: dict[str, Any] = {}
+    handles = []
     modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with generators_restored():
-            model(sample)
+        for name, where in wanted.items():
+            path = "" if where["module"] == "." else where["module"]
+            if path not in modules:
+                hint = nearest(path, modules.keys() - {""})
+                raise BadValue(f"{whose.format(name)}: there is no module '{path}'{hint}", path)
+
+            def keep(_module: nn.Module, args: Any, output: Any, name: str = name, where: Any = where) -> None:
+                seen[name] = args[0] if where.get("io") == "input" else output
+
+            handles.append(modules[path].register_forward_hook(keep))
+        if handles:
+            model.eval()
+            with generators_restored():
+                model(sample)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for module, training in modes.items():
             module.training = training
-    if not seen:
-        raise ValueError(f"module '{path}' does not run in the forward pass")
-    value = seen[-1] if index is None else seen[-1][index]
-    return get_readout(readout)(value, num_prefix_tokens)
+    for name, where in wanted.items():
+        if name not in seen:
+            raise ValueError(f"{whose.format(name)}: module '{where['module']}' does not run in the forward pass")
+    return seen

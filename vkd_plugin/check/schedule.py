@@ -59,7 +59,8 @@ def optimizer_state_factor(config: Mapping[str, Any]) -> float:
     """Numbers that an optimizer keeps for each number that it trains, found by a step on a few of them."""
     parameter = torch.nn.Parameter(torch.zeros(64, 64))
     parameter.grad = torch.ones(64, 64)
-    optimizer = get_optimizer(torch.nn.ParameterList([parameter]), config["key"], **(config.get("kwargs") or {}))
+    kwargs = {name: value for name, value in (config.get("kwargs") or {}).items() if name != "weight_decay_of"}
+    optimizer = get_optimizer(torch.nn.ParameterList([parameter]), config["key"], **kwargs)
     optimizer.step()
     kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
     return float(sum(value.numel() for value in kept if value.numel() > 1) / parameter.numel())

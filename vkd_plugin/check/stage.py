@@ -317,11 +317,16 @@ class _Loader:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
+    for parameter in trained:  # torch's counter of operations fails where a module is handed one that is to be trained
+        parameter.requires_grad_(False)
     try:
         with torch.no_grad():
             yield
     finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
 

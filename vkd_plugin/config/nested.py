@@ -32,6 +32,7 @@ _IO = Text(choices=("output", "input"))
 _READ: dict[str, Spec] = {
     "module": Text(),
     "io": _IO,
+    "index": Anything(),
     "readout": Text(choices=tuple(READOUTS)),
     "num_prefix_tokens": replace(AMOUNT, nullable=True),
 }
@@ -47,7 +48,8 @@ _PROJECTOR = Section(
     nullable=True,
 )
 _FEATURE = Section({**_READ, "projector": _PROJECTOR}, ("module",))
-_SIDE = Section({**_READ, "index": Anything()}, ("module",))
+_SIDE = Section({**_READ}, ("module",))
+_MASK = Section({**_READ}, ("module",), nullable=True)
 _LOOKUP = {"is_from_teacher": Flag(), "module_path": Text(), "io": _IO}
 _SIMPLE: dict[str, Spec] = {
     "input": Section({**_LOOKUP}, tuple(_LOOKUP)),
@@ -69,9 +71,12 @@ _OF_ALL: dict[str, dict[str, Spec]] = {
 
 _OF_ONE: dict[tuple[str, str], dict[str, Spec]] = {
     ("student wrapper", "ProjectedStudent"): {"features": Named(_FEATURE)},
-    ("loss wrapper", "FeaturePair"): {"student": _SIDE, "teacher": _SIDE},
+    ("loss wrapper", "FeaturePair"): {"student": _SIDE, "teacher": _SIDE, "mask": _MASK},
     ("loss wrapper", "SimpleLossWrapper"): _SIMPLE,
     ("loss wrapper", "DictLossWrapper"): _SIMPLE,
+    ("loss", "TokenMatchingLoss"): {
+        "pairs": Named(Section({"student": _SIDE, "teacher": _SIDE, "weight": Number(low=0)}, ("student", "teacher")))
+    },
     ("loss", "VkDLoss"): {
         "normalization": Text(choices=tuple(DEFAULT_EPS)),
         "distance": Text(choices=tuple(DISTANCES)),

@@ -4,11 +4,12 @@
 """
 
 from .distances import DISTANCES
-from .feature_pair import Feature, FeaturePair, NotHookedError
+from .feature_pair import Feature, FeaturePair, NotHookedError, unmasked
 from .soft_target import HardTeacherCrossEntropy, SoftTargetCrossEntropy, SoftTargetKLLoss
+from .token_matching import TokenMatchingLoss
 from .vkd import VkDLoss
 
 __all__ = [
     "DISTANCES", "Feature", "FeaturePair", "HardTeacherCrossEntropy", "NotHookedError", "SoftTargetCrossEntropy",
-    "SoftTargetKLLoss", "VkDLoss",
+    "SoftTargetKLLoss", "TokenMatchingLoss", "VkDLoss", "unmasked",
 ]  # fmt: skip

@@ -4,11 +4,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..arguments import one_of
 from ..errors import BadValue, ConfigError
-from ..readouts import PREFIX_READOUTS, get_readout
+from ..readouts import PREFIX_READOUTS, get_readout, pick
 from ..suggest import closest, nearest
 
 IODict = Mapping[str, Mapping[str, Any]]
@@ -106,24 +107,14 @@ class Feature:
         hooked = {path: list(io) for path, io in io_dict.items() if io}
         if self.io not in hooked.get(self.module, ()):
             raise NotHookedError(self.side, self.module, self.io, hooked)
-        value = self._pick(io_dict[self.module][self.io])
+        try:
+            value = pick(io_dict[self.module][self.io], self.index, self._where)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         try:
             return get_readout(self.readout)(value, self.num_prefix_tokens or 0)
         except ValueError as error:
             raise BadValue(f"{self._where}: {error}", self.readout) from None
-
-    def _pick(self, value: Any) -> Tensor:
-        picked = value
-        if self.index is not None:
-            try:
-                picked = value[self.index]
-            except (KeyError, IndexError, TypeError):
-                raise ConfigError(
-                    f"no index {self.index!r} in the {self._where}, which is {_describe(value)}"
-                ) from None
-        if not isinstance(picked, Tensor):
-            raise ConfigError(f"the {self._where} is {_describe(picked)}, not a tensor: choose one with 'index'")
-        return picked
 
     @property
     def _where(self) -> str:
@@ -143,36 +134,68 @@ class FeaturePair(nn.Module):
             teacher: {module: 'final_conv', readout: 'spatial_mean'}
         weight: 1.0
 
+    Images of different sizes are padded to one batch, and padding is compared like the rest unless a mask says where it
+    is; of a :class:`~vkd_plugin.models.vidt.detector.ViDT`::
+
+        student: {module: 'features.patch0'}
+        teacher: {module: 'patch_tokens.0', readout: 'every_location'}
+        mask: {module: 'model.patch_masks.0'}
+
     Args:
         criterion: a loss of two tensors.
         student: ``{module, io: 'output', readout: 'identity', num_prefix_tokens, index}``, as in
             :class:`Feature`.
         teacher: likewise.
+        mask: a boolean map of the student, likewise, True in the rows that are left out of both features
+            (:func:`unmasked`).
 
     Raises:
-        TypeError: a key of ``student`` or ``teacher`` is unknown or missing.
+        TypeError: a key of ``student``, ``teacher`` or ``mask`` is unknown or missing.
         ValueError: an unknown ``io`` or ``readout``.
     """
 
-    def __init__(self, criterion: nn.Module, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        criterion: nn.Module,
+        student: Mapping[str, Any],
+        teacher: Mapping[str, Any],
+        mask: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.criterion = criterion
         self.student = Feature.from_config("student", student)
         self.teacher = Feature.from_config("teacher", teacher)
+        self.mask = None if mask is None else Feature.from_config("student", mask)
 
     def forward(self, student_io_dict: IODict, teacher_io_dict: IODict, targets: object = None) -> Tensor:
         """The criterion's value; ``targets`` are not read."""
-        return self.criterion(self.student.read(student_io_dict), self.teacher.read(teacher_io_dict))
+        student, teacher = self.student.read(student_io_dict), self.teacher.read(teacher_io_dict)
+        if self.mask is not None:
+            mask = self.mask.read(student_io_dict)
+            student, teacher = unmasked(student, mask), unmasked(teacher, mask)
+        return self.criterion(student, teacher)
 
     def extra_repr(self) -> str:
-        return "\n".join(f"{f.side}: {f.readout} of {f.io} of '{f.module}'" for f in (self.student, self.teacher))
+        lines = [f"{f.side}: {f.readout} of {f.io} of '{f.module}'" for f in (self.student, self.teacher)]
+        return "\n".join([*lines, f"without '{self.mask.module}'"] if self.mask is not None else lines)
 
 
-def _describe(value: object) -> str:
-    if isinstance(value, Mapping):
-        return f"a mapping with the keys {', '.join(map(repr, value))}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
+def unmasked(rows: Tensor, mask: Tensor) -> Tensor:
+    """The rows for which the mask is False.
+
+    Args:
+        rows: (N, C).
+        mask: bool, of N elements in any shape, which are those of the rows in row-major order: (B, H, W) for the rows
+            that ``every_location`` makes of (B, C, H, W).
+
+    Returns:
+        (K, C), in the same order. A device is waited for, to learn K.
+
+    Raises:
+        ConfigError: the mask is not boolean, or has another number of elements.
+    """
+    if mask.dtype != torch.bool:
+        raise ConfigError(f"the mask should be of bool, True where a row is left out, got {mask.dtype}")
+    if mask.numel() != len(rows):
+        raise ConfigError(f"the mask {tuple(mask.shape)} is not one for features {tuple(rows.shape)}")
+    return rows[~mask.flatten()]

@@ -5,6 +5,7 @@ from .deit import (
     deit_small_distilled_conv_patch16_224,
     deit_tiny_distilled_conv_patch16_224,
 )
+from .fpn_detectors import fasterrcnn_resnet18_fpn, retinanet_resnet18_fpn
 from .small import digits_cnn, digits_vit, fashion_cnn, fashion_vit
 from .timm_bridge import timm_model
 from .vidt import vidt_swin_base, vidt_swin_nano, vidt_swin_small, vidt_swin_tiny
@@ -18,8 +19,10 @@ __all__ = [
     "digits_vit",
     "fashion_cnn",
     "fashion_vit",
+    "fasterrcnn_resnet18_fpn",
     "fit_weights",
     "load_weights",
+    "retinanet_resnet18_fpn",
     "timm_model",
     "vidt_swin_base",
     "vidt_swin_nano",

@@ -77,3 +77,15 @@ def test_mistakes_are_found_before_training(override: str, said: str, capsys: py
     err = capsys.readouterr().err
     assert said.lower() in err.lower()
     assert all(line.startswith("error: ") for line in err.splitlines())
+
+
+def test_the_dry_step_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of several processes takes it, and a loss that is standardised over all would wait for the others."""
+
+    def wait(*_: object, **__: object) -> None:
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", wait)
+    assert main(["check", "--data", VKD]) == 0

@@ -17,6 +17,7 @@ from ..engine.build import build_model, is_staged, model_sections, stage_section
 from ..errors import ConfigError
 from ..models.weights import first_line
 from ..random_state import generators_restored
+from .alone import alone
 from .batches import two_samples
 from .facts import DataFacts, Facts, ModelFacts
 from .fake import Contents
@@ -70,7 +71,7 @@ class Attempt:
         """Models, data, then each stage, up to the first in which something is wrong."""
         train: dict[str, Any] = self.experiment.data["train"]
         self.facts.extras = [f"{name}: {_said(train[name])}" for name in ENGINE if train.get(name)]
-        with offline(), generators_restored(), ExitStack() as stack:
+        with offline(), alone(), generators_restored(), ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             # What they say of a step is said once it is taken; torch's prints a stack for shapes that do not fit.

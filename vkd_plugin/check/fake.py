@@ -1,12 +1,12 @@
 """Tensors without contents: shapes, dtypes and gradients are real, and no memory or arithmetic is spent."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -15,6 +15,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from ..models.vidt import criterion, targets
+from ..models.vidt.matcher import HungarianMatcher
+from ..models.vidt.targets import Objects
 
 NEEDS_CONTENTS = (
     DataDependentOutputException,
@@ -44,7 +48,10 @@ class Contents:
         if self._mode is None:
             yield
             return
-        with patch.object(nn.Module, "_apply", _apply), self._mode:
+        with ExitStack() as stack:
+            for owner, name, instead in _INSTEAD:
+                stack.enter_context(patch.object(owner, name, instead))
+            stack.enter_context(self._mode)
             yield
 
     def empty(self, model: nn.Module) -> None:
@@ -74,6 +81,30 @@ def _apply(self: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], re
             if buffer is not None:
                 module._buffers[name] = function(buffer)
     return self
+
+
+def _any_pairs(self: HungarianMatcher, logits: Tensor, boxes: Tensor, objects: Sequence[Objects]) -> list[Tensor]:
+    """Pairs of the right shapes: which prediction answers for which object depends on what is in the tensors."""
+    counts = [min(logits.shape[2], len(own.labels)) for own in objects]
+    return [torch.arange(count).expand(logits.shape[0], 2, count) for count in counts]
+
+
+def _any_losses(boxes: Tensor, wanted: Tensor, **_: object) -> Tensor:
+    """(T,) of (T, 4), in place of torchvision's generalised IoU, which selects the boxes that overlap."""
+    return (boxes - wanted).sum(dim=1)
+
+
+def _nothing(*args: object) -> None:
+    """In place of what looks whether contents are sound."""
+
+
+_INSTEAD: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (nn.Module, "_apply", _apply),
+    (HungarianMatcher, "forward", _any_pairs),
+    (criterion, "generalized_box_iou_loss", _any_losses),
+    (targets, "_check_values", _nothing),
+)
+"""What reads contents, and what stands in for it where there are none: object, attribute, replacement."""
 
 
 class SavedBytes:

@@ -1,6 +1,7 @@
 """Fashion-MNIST: its forms on disk, its splits, and what is said of files that are none of it."""
 
 import gzip
+import json
 import shutil
 import struct
 from collections import Counter
@@ -9,13 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from vkd_plugin.check import examine
+from vkd_plugin.cli import main
+from vkd_plugin.config import load_experiment
 from vkd_plugin.datasets import FashionMNIST, fashion_mnist
 from vkd_plugin.errors import UserError
+from vkd_plugin.models import fashion_cnn
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+REAL = fashion_mnist.SYSTEM_FOLDER
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist" / "ce" / "vit.yaml"
 
 
@@ -159,3 +165,31 @@ def test_files_that_are_missing_have_the_line_of_the_data_set(capsys: pytest.Cap
     assert len(facts.problems) == 3
     assert str(facts.problems[0]).startswith(f"{CONFIG}:6:")
     assert "Fashion-MNIST is not here" in str(facts.problems[0])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG.parents[1].glob("*/*.yaml")), ids=lambda path: path.parent.name)
+def test_an_experiment_from_its_first_step_to_its_test(path: Path, files: Path, tmp_path: Path) -> None:
+    """On images of zeros but for their numbers: what is trained, saved and tested, not what is learnt."""
+    fraction = "datasets.fashion_mnist/train.init.kwargs.fraction=0.003"
+    overrides = ["train.num_epochs=1", f"datasets._root={files}", fraction]
+    output = tmp_path / "run"
+    arguments = ["--config", str(path), "--output", str(output), "--device", "cpu"]
+    assert main([*arguments, *(part for override in overrides for part in ("--set", override))]) == 0
+    summary = json.loads((output / "summary.json").read_text())
+    assert 0 <= summary["test"]["student"]["top1"] <= 100
+    (record,) = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert record["step"] >= 1
+    assert all(np.isfinite(value) for key, value in record.items() if key.startswith("loss"))
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_the_committed_teacher_is_as_good_as_the_study_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_FOLDER", REAL)
+    experiment = load_experiment(CONFIG.parent / "fashion_cnn.yaml")
+    test = experiment.data["datasets"]["fashion_mnist/test"]
+    teacher = fashion_cnn(checkpoint=str(CONFIG.parent / "fashion_cnn.safetensors")).eval()
+    right = 0
+    with torch.inference_mode():
+        for images, labels in DataLoader(test, 500):
+            right += int((teacher(images).argmax(1) == labels).sum())
+    assert right >= 9_400

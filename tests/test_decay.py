@@ -15,6 +15,7 @@ import vkd_plugin
 from vkd_plugin import host
 from vkd_plugin.check import examine
 from vkd_plugin.decay import without_decay
+from vkd_plugin.errors import BadValue
 
 IMAGENET = Path(__file__).parent / "data" / "check" / "imagenet.yaml"
 
@@ -100,6 +101,39 @@ def test_of_matrices_alone_in_an_experiment() -> None:
     named = model.no_weight_decay()
     plain = [name for name, p in model.named_parameters() if p.ndim < 2 or name in named]
     assert groups == {0.05: len(list(model.parameters())) - len(plain), 0.0: len(plain) + 1}  # and the projector
+
+
+def _decays(model: nn.Module, rules: dict[str, str]) -> set[str]:
+    """Names of the parameters that decay, in a box that is being set up."""
+    box = SimpleNamespace(org_student_model=model, student_model=nn.ModuleDict({"model": model}))
+    token = host._current.set(host.Setup(box, {}))  # type: ignore[arg-type]
+    try:
+        optimizer = get_optimizer(model, "AdamW", lr=0.1, weight_decay=0.05, weight_decay_of=rules)
+    finally:
+        host._current.reset(token)
+    return {name for name, parameter in model.named_parameters() if _decay_of(optimizer, parameter) == 0.05}
+
+
+def test_of_matrices_in_some_modules_alone() -> None:
+    model = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)
+    everything = {name for name, _ in model.named_parameters()}
+    matrices = {name for name, p in model.named_parameters() if p.ndim > 1}
+    assert _decays(model, {}) == everything
+    assert _decays(model, {"blocks": "matrices"}) == {n for n in everything if n in matrices or "blocks" not in n}
+    inner = {"blocks": "matrices", "blocks.1": "all"}
+    assert _decays(model, inner) == {n for n in everything if n in matrices or "blocks.0" not in n}
+    assert _decays(nn.ModuleDict({"vit": model}), {"vit": "matrices"}) == {
+        f"vit.{name}" for name in matrices - model.no_weight_decay()
+    }
+
+
+def test_modules_of_a_rule_that_are_not_there_are_named() -> None:
+    with pytest.raises(BadValue, match=r"the student has no module 'block' \(did you mean 'blocks'\?\)"):
+        _decays(timm.create_model("deit_tiny_distilled_patch16_224", depth=1), {"block": "matrices"})
+    with pytest.raises(ValueError, match=r"no weight_decay_of 'blocks' 'matrix' .did you mean 'matrices'"):
+        _decays(timm.create_model("deit_tiny_distilled_patch16_224", depth=1), {"blocks": "matrix"})
+    (problem,) = examine(IMAGENET, ["train.optimizer.kwargs.weight_decay_of={block: matrices}"]).problems
+    assert "weight_decay_of: the student has no module 'block' (did you mean 'blocks'?)" in str(problem)
 
 
 def test_a_misspelt_rule_is_refused() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vkd_plugin.distributed import all_reduce_sum, gather_rows, row_counts
-from vkd_plugin.losses import VkDLoss
+from vkd_plugin.losses import FeaturePair, VkDLoss
 from vkd_plugin.normalization import normalize
 
 WORLD = 2
@@ -82,6 +82,28 @@ def train_step(rank: int, method: str, shape: str, split: str, dtype: torch.dtyp
     return result(model, share * loss)
 
 
+PADDING = torch.arange(24).reshape(2, 3, 4) % torch.tensor([[[5]], [[2]]]) == 0  # an image for each rank
+
+
+def masked_step(images: slice) -> dict[str, Any]:
+    """A step on the rows that are no padding; see :func:`train_step` for the weight of its loss."""
+    model, _, _ = model_and_rows("more rows than channels", torch.float64)
+    inputs, teacher = rand(2, 12, 4, seed=4, dtype=torch.float64), 3 + rand(2, 5, 3, 4, seed=5, dtype=torch.float64)
+    own = PADDING[images]
+    share = int((~own).sum()) / int((~PADDING).sum())
+    if dist.is_initialized():
+        model, share = DistributedDataParallel(model), WORLD * share
+    pair = FeaturePair(
+        VkDLoss("standardize", normalize_student=True),
+        {"module": "features"},
+        {"module": "map", "readout": "every_location"},
+        {"module": "padding"},
+    )
+    rows = model(inputs[images].flatten(0, 1))
+    hooked = {"features": {"output": rows}, "padding": {"output": own}}
+    return result(model, share * pair(hooked, {"map": {"output": teacher[images]}}))
+
+
 def collectives(rank: int) -> dict[str, Any]:
     x = torch.full((rank + 1, 2), rank + 1.0, dtype=torch.float64, requires_grad=True)
     counts = row_counts(x)
@@ -111,6 +133,7 @@ def worker(rank: int, folder: str) -> None:
     )
     results: dict[Any, Any] = {case: train_step(rank, *case) for case in CASES}
     results["collectives"] = collectives(rank)
+    results["masked"] = masked_step(slice(rank, rank + 1))
     x = rand(8, 3, seed=rank, dtype=torch.float64)
     results["local"] = {m: normalize(x, m, synchronize=False) for m in ("standardize", "whiten")}
     torch.save(results, f"{folder}/{rank}.pt")
@@ -145,6 +168,15 @@ def test_two_processes_equal_one(
     for r in results:
         for actual, gradient in zip(r["gradients"], expected["gradients"], strict=True):
             torch.testing.assert_close(actual, gradient, rtol=tolerance, atol=tolerance)
+
+
+def test_two_processes_that_leave_out_different_numbers_of_rows_equal_one(ranks: list[dict[Any, Any]]) -> None:
+    assert (~PADDING).flatten(1).sum(dim=1).tolist() == [9, 6]
+    expected, results = masked_step(slice(0, 2)), [rank["masked"] for rank in ranks]
+    loss = torch.stack([r["loss"] for r in results]).mean()
+    torch.testing.assert_close(loss, expected["loss"], rtol=1e-10, atol=1e-10)
+    for r in results:
+        torch.testing.assert_close(r["gradients"], expected["gradients"], rtol=1e-10, atol=1e-10)
 
 
 def test_statistics_of_one_process_would_differ() -> None:

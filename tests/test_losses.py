@@ -22,6 +22,7 @@ from vkd_plugin.losses import (
     HardTeacherCrossEntropy,
     SoftTargetCrossEntropy,
     SoftTargetKLLoss,
+    TokenMatchingLoss,
     VkDLoss,
 )
 from vkd_plugin.normalization import DEFAULT_EPS, normalize
@@ -222,6 +223,95 @@ def test_pair_drops_prefix_tokens() -> None:
     assert pair({"norm": {"output": tokens}}, {"t": {"output": tokens[:, 2:].mean(dim=1)}}).item() < 1e-30
 
 
+def masked(mask: Tensor) -> tuple[dict[str, Any], dict[str, Any], FeaturePair]:
+    """What is hooked of student and teacher, and the loss of the rows that the mask leaves."""
+    student = {"features.map": {"output": rand(mask.numel(), 5, dtype=torch.float32)}, "pad": {"output": mask}}
+    teacher = {"map": {"output": 3 + rand(*mask.shape[:1], 5, *mask.shape[1:], seed=1, dtype=torch.float32)}}
+    pair = FeaturePair(
+        VkDLoss("standardize", normalize_student=True),
+        student={"module": "features.map"},
+        teacher={"module": "map", "readout": "every_location"},
+        mask={"module": "pad"},
+    )
+    return student, teacher, pair
+
+
+def test_pair_leaves_out_what_the_mask_says() -> None:
+    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+    mask[0, 2, :], mask[1, :, 3] = True, True
+    student, teacher, pair = masked(mask)
+    kept = [(b, y, x) for b in range(2) for y in range(3) for x in range(4) if not mask[b, y, x]]
+    assert len(kept) == 2 * 12 - 4 - 3
+    own = torch.stack([student["features.map"]["output"][12 * b + 4 * y + x] for b, y, x in kept])
+    others = torch.stack([teacher["map"]["output"][b, :, y, x] for b, y, x in kept])
+    own, others = ((rows - rows.mean(0)) / rows.std(0) for rows in (own, others))
+    assert pair(student, teacher).item() == pytest.approx(F.smooth_l1_loss(own, others).item(), rel=1e-5)
+    # What is on the padding does not matter, neither its values nor their statistics.
+    teacher["map"]["output"].permute(0, 2, 3, 1)[mask] = 1e6
+    before = pair(student, teacher)
+    assert before.item() == pytest.approx(F.smooth_l1_loss(own, others).item(), rel=1e-5)
+
+
+def test_an_empty_mask_changes_nothing() -> None:
+    student, teacher, pair = masked(torch.zeros(2, 3, 4, dtype=torch.bool))
+    pair_without = FeaturePair(
+        pair.criterion, {"module": "features.map"}, {"module": "map", "readout": "every_location"}
+    )
+    assert pair(student, teacher) == pair_without(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(2, 3, 4), "the mask should be of bool, .* got torch.float32"),
+        (torch.zeros(2, 3, 3, dtype=torch.bool), r"the mask \(2, 3, 3\) is not one for features \(24, 5\)"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(mask: Tensor, message: str) -> None:
+    student, teacher, pair = masked(torch.zeros(2, 3, 4, dtype=torch.bool))
+    student["pad"]["output"] = mask
+    with pytest.raises(ConfigError, match=message):
+        pair(student, teacher)
+
+
+# --- token matching
+
+
+def test_token_matching_by_hand() -> None:
+    side = {"module": "tokens", "readout": "every_token", "num_prefix_tokens": 0}
+    patches = {"module": "map", "readout": "every_location"}
+    loss = TokenMatchingLoss(
+        {"a": {"student": side, "teacher": side, "weight": 7.0}, "b": {"student": patches, "teacher": patches}}
+    )
+    tokens = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]], requires_grad=True)  # distances 5 and 0
+    image = torch.zeros(1, 2, 1, 2)
+    image[0, :, 0, 1] = torch.tensor([0.0, 2.0])  # 0 and 2
+    student = {"tokens": {"output": tokens}, "map": {"output": image}}
+    teacher = {name: {"output": torch.zeros_like(io["output"])} for name, io in student.items()}
+    value = loss(student, teacher)
+    assert value.item() == pytest.approx(math.sqrt(7 * 2.5 + 1), rel=1e-6)
+    value.backward()
+    assert tokens.grad is not None
+    expected = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]]) / 5 * 7 / 2 / (2 * value.item())
+    torch.testing.assert_close(tokens.grad, expected)
+
+
+def test_token_matching_without_a_difference_has_no_gradient() -> None:
+    side = {"module": "tokens"}
+    tokens = torch.ones(3, 2, requires_grad=True)
+    io = {"tokens": {"output": tokens}}
+    TokenMatchingLoss({"a": {"student": side, "teacher": side}})(io, io).backward()
+    assert torch.equal(tokens.grad, torch.zeros(3, 2))
+
+
+def test_torchdistill_builds_token_matching_of_its_yaml() -> None:
+    text = (TokenMatchingLoss.__doc__ or "").partition(".. code-block:: yaml")[2]
+    section = yaml.safe_load(text.partition("Args:")[0])
+    loss = get_mid_level_loss(section["criterion"])
+    assert isinstance(loss, TokenMatchingLoss)
+    assert list(loss.pairs) == ["patch0", "body"]
+
+
 def test_shipped_wrapper_reads_soft_labels_of_one_head() -> None:
     """torchdistill's SimpleLossWrapper does for labels: nothing of ours is needed."""
     io = io_dict(TwoHeads().double(), rand(5, 3, 8, 8), head="output", head_dist="output")
@@ -327,6 +417,16 @@ def test_mistakes_are_value_errors(call: Callable[[], object], message: str) -> 
             "teacher must be a mapping with a 'module'",
         ),
         (lambda: FeaturePair(VkDLoss(), "a", {"module": "b"}), "student must be a mapping"),  # type: ignore[arg-type]
+        (lambda: FeaturePair(VkDLoss(), {"module": "a"}, {"module": "b"}, {"path": "c"}), "student must be a mapping"),
+        (lambda: TokenMatchingLoss({}), "pairs must be a mapping"),
+        (
+            lambda: TokenMatchingLoss({"a": {"student": {"module": "b"}}}),
+            "pair 'a' must be a mapping with 'student' and 'teacher'",
+        ),
+        (
+            lambda: TokenMatchingLoss({"a": {"student": {"module": "b"}, "teacher": {"module": "b"}, "wight": 1}}),
+            "pair 'a' has no key 'wight' .did you mean 'weight'",
+        ),
     ],
 )
 def test_unknown_arguments_are_type_errors(call: Callable[[], object], message: str) -> None:

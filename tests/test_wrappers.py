@@ -95,6 +95,7 @@ def _embedded(student: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_each_projectors_parameters_get_gradients_and_change() -> None:
+    torch.manual_seed(0)  # a rectifier may be off for all five samples
     wrapper = _wrapper()
     optimizer = torch.optim.SGD(wrapper.parameters(), lr=0.1)
     before = {name: p.detach().clone() for name, p in wrapper.features.named_parameters()}
@@ -235,6 +236,64 @@ def test_in_torchdistills_own_box_sizes_are_inferred_and_everything_trains() -> 
         box.post_forward_process(loss=box.forward_process(samples, targets, supplement))
     assert not torch.equal(before, projector.weight)
     assert torch.equal(statistics, box.teacher_model.final_conv[1].running_mean)
+
+
+class Pyramid(nn.Module):
+    """Puts out a mapping of maps, as torchvision's feature pyramids do."""
+
+    def __init__(self, *channels: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(1, c, 3, padding=1) for c in channels)
+        self.out = nn.Identity()
+        self.passes = 0
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.passes += 1
+        return self.out({str(i): level(x)[..., :: i + 1, :: i + 1] for i, level in enumerate(self.levels)})
+
+
+def test_parts_of_what_a_module_puts_out_are_inferred_and_projected() -> None:
+    config = _train_config()
+    features = {
+        f"level{i}": {"module": "out", "index": str(i), "readout": "every_location", "projector": {}} for i in range(2)
+    }
+    config["student"]["auxiliary_model_wrapper"]["kwargs"]["features"] = features
+    config["student"]["forward_hook"]["output"] = [f"features.level{i}" for i in range(2)]
+    config["teacher"]["forward_hook"]["output"] = ["out"]
+    (term,) = config["criterion"]["kwargs"]["sub_terms"].values()
+    config["criterion"]["kwargs"]["sub_terms"] = {
+        f"level{i}": {**term, "criterion_wrapper": {"key": "FeaturePair", "kwargs": {
+            "student": {"module": f"features.level{i}"},
+            "teacher": {"module": "out", "index": str(i), "readout": "every_location"},
+        }}} for i in range(2)
+    }  # fmt: skip
+    teacher, student = Pyramid(7, 9), Pyramid(3, 4)
+    data = torch.utils.data.TensorDataset(torch.randn(4, 1, 8, 8), torch.zeros(4))
+    box = DistillationBox(teacher, student, {"data": data}, config, torch.device("cpu"), None, False, 1)
+    assert (teacher.passes, student.passes) == (1, 1)
+    sizes = [(f.projector.in_features, f.projector.out_features) for f in box.student_model.features.values()]
+    assert sizes == [(3, 7), (4, 9)]
+    for samples, targets, supplement in box.train_data_loader:
+        maps = {name: rows.detach() for name, rows in student(samples).items()}
+        found = _outputs(box.student_model, samples)
+        for i, feature in enumerate(box.student_model.features.values()):
+            rows = maps[str(i)].permute(0, 2, 3, 1).flatten(0, 2)
+            torch.testing.assert_close(found[f"level{i}"], rows @ feature.projector.weight.T)
+        box.forward_process(samples, targets, supplement).backward()
+        assert all(level.weight.grad.abs().max() > 0 for level in student.levels)
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({"index": "2"}, r"feature 'a': no index '2' in the output of module 'out', which is a mapping with the keys"),
+        ({}, r"feature 'a': the output of module 'out' is a mapping .* not a tensor: choose one with 'index'"),
+    ],
+)
+def test_parts_that_are_not_there_are_named(feature: dict[str, Any], message: str) -> None:
+    spec = {"module": "out", "readout": "every_location", "projector": {"out_features": 4}, **feature}
+    with pytest.raises(ValueError, match=message):
+        ProjectedStudent(Pyramid(3, 4), {"a": spec}, input_shape=[1, 8, 8])
 
 
 def test_inferring_sizes_changes_neither_models_nor_random_state() -> None:

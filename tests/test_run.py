@@ -17,6 +17,7 @@ import torch
 
 import vkd_plugin
 from vkd_plugin.cli import main
+from vkd_plugin.datasets import coco_shapes
 from vkd_plugin.datasets.tiny_imagenet import write_tree
 from vkd_plugin.engine.box import EngineBox
 from vkd_plugin.engine.records import MEASURED
@@ -432,6 +433,7 @@ def test_shipped_configs_load_with_torchdistills_own_loader(tmp_path: Path, monk
 
     monkeypatch.setenv("HOME", str(tmp_path))
     write_tree(tmp_path / "datasets" / "ilsvrc2012", classes=1000, train=1, val=1)
+    coco_shapes.write_tree(tmp_path / "datasets" / "coco2017", train=2, val=2, size=64)
     for file in sorted(Path("configs").rglob("*.yaml")):
         if "tables" not in file.parts:
             config = load_yaml_file(str(file))

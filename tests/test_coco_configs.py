@@ -13,6 +13,7 @@ from torchdistill.optim.registry import get_scheduler
 from torchvision.ops import box_convert
 
 from vkd_plugin.check import dry, examine, standin
+from vkd_plugin.check.offline import offline
 from vkd_plugin.cli import main
 from vkd_plugin.config import Experiment, load_experiment
 from vkd_plugin.config.changes import changes
@@ -22,7 +23,7 @@ from vkd_plugin.engine import run as engine_run
 from vkd_plugin.engine.box import EngineBox, build_box
 from vkd_plugin.engine.meter import TermMeter
 from vkd_plugin.engine.precision import Precision
-from vkd_plugin.models import vidt_swin_nano, vidt_swin_tiny
+from vkd_plugin.models import fasterrcnn_resnet18_fpn, retinanet_resnet18_fpn, vidt_swin_nano, vidt_swin_tiny
 from vkd_plugin.results.table import load_table
 from vkd_plugin.results.table.data import Row
 
@@ -273,7 +274,7 @@ def run(name: str, root: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     sets = [word for override in (*small(name, root), *overrides) for word in ("--set", override)]
     section = "model" if name.startswith("undistilled") else "student_model"
     sets += ["--set", f"models.{section}.dst_ckpt={folder}/student.pt"]
-    assert main(["--config", str(FILES[name]), "--output", str(folder), "--device", "cpu", *sets]) == 0
+    assert main(["--config", str(FILES[name]), "--output", str(folder), "--device", "cpu", "-student_only", *sets]) == 0
     (record,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return record
 
@@ -327,6 +328,27 @@ def test_an_experiment_takes_a_step_as_it_is(name: str) -> None:
     facts = examine(FILES[name], overrides)
     assert facts.problems == []
     assert all(": nothing is at '" in warning for warning in facts.warnings)
+
+
+def test_small_bodies_of_torchvisions_detectors(tmp_path: Path) -> None:
+    def trained(model: nn.Module) -> set[str]:
+        return {
+            name.split(".")[2]
+            for name, p in model.named_parameters()
+            if name.startswith("backbone.body.") and p.requires_grad
+        }
+
+    with offline():  # the weights stay as they are initialised
+        begun = fasterrcnn_resnet18_fpn(weights_backbone="IMAGENET1K_V1", trainable_backbone_layers=2)
+    assert trained(begun) == {"layer3", "layer4"}
+    assert not [m for m in begun.modules() if isinstance(m, nn.BatchNorm2d)]
+    afresh = fasterrcnn_resnet18_fpn()
+    assert trained(afresh) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    torch.save(afresh.state_dict(), tmp_path / "weights.pt")
+    again = fasterrcnn_resnet18_fpn(checkpoint=str(tmp_path / "weights.pt"))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in afresh.state_dict().items())
+    with pytest.raises(ValueError, match=r"no weights_backbone 'IMAGENET1K_V2' .did you mean 'IMAGENET1K_V1'"):
+        retinanet_resnet18_fpn(weights_backbone="IMAGENET1K_V2")
 
 
 def test_weights_that_are_not_here_are_said() -> None:

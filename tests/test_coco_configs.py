@@ -206,11 +206,14 @@ def check_decay(box: EngineBox) -> None:
     assert sizes[0.0] == small - (sum(frozen.values()) - frozen["transformer.level_embed"] - matrices)
 
 
+MASK = (
+    "train.criterion.kwargs.sub_terms.patch0.criterion_wrapper.kwargs.mask={module: model.patch_masks.0}",
+    f"train.student.forward_hook.output=[model.patch_masks.0, {', '.join(f'features.{place}' for place in PLACES)}]",
+)
+
+
 def test_padding_is_left_out_of_the_patches_by_a_switch() -> None:
-    level = "train.criterion.kwargs.sub_terms.patch0.criterion_wrapper.kwargs.mask={module: model.patch_masks.0}"
-    hook = "train.student.forward_hook.output=[model.patch_masks.0, model.patch_tokens.0, {}]"
-    hook = hook.format(", ".join(f"features.{place}" for place in PLACES))
-    box, found, images = recorded_step("padded", torch.float64, level, hook)
+    box, found, images = recorded_step("padded", torch.float64, *MASK)
     try:
         assert [tuple(image.shape[1:]) for image in images] == [(128, 160), (96, 128)]
         valid = torch.zeros(2, 16, 20, dtype=torch.bool)
@@ -280,12 +283,12 @@ def run(name: str, root: Path, folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 def test_a_check_needs_no_contents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even for the assignment of predictions to objects: a step with contents takes a minute."""
+    """Not even to assign predictions to objects, and to leave padding out: a step with contents takes a minute."""
     tried: list[bool] = []
     monkeypatch.setattr(
         dry.Attempt, "run", lambda self, do=dry.Attempt.run: (tried.append(self.contents.real), do(self))
     )
-    facts = examine(FILES[NANO], small(NANO))
+    facts = examine(FILES[NANO], [*small(NANO), *MASK])
     assert (facts.problems, tried) == ([], [False])
     (stage,) = facts.stages
     assert [(term.name, term.weight, term.has_gradient) for term in stage.terms] == [

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from ..losses import feature_pair
 from ..models.vidt import criterion, targets
 from ..models.vidt.matcher import HungarianMatcher
 from ..models.vidt.targets import Objects
@@ -94,6 +95,11 @@ def _any_losses(boxes: Tensor, wanted: Tensor, **_: object) -> Tensor:
     return (boxes - wanted).sum(dim=1)
 
 
+def _all_rows(rows: Tensor, which: Tensor) -> Tensor:
+    """In place of those that a mask leaves, whose number is not known."""
+    return rows
+
+
 def _nothing(*args: object) -> None:
     """In place of what looks whether contents are sound."""
 
@@ -101,6 +107,7 @@ def _nothing(*args: object) -> None:
 _INSTEAD: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (nn.Module, "_apply", _apply),
     (HungarianMatcher, "forward", _any_pairs),
+    (feature_pair, "selected", _all_rows),
     (criterion, "generalized_box_iou_loss", _any_losses),
     (targets, "_check_values", _nothing),
 )

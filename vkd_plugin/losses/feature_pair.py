@@ -198,4 +198,9 @@ def unmasked(rows: Tensor, mask: Tensor) -> Tensor:
         raise ConfigError(f"the mask should be of bool, True where a row is left out, got {mask.dtype}")
     if mask.numel() != len(rows):
         raise ConfigError(f"the mask {tuple(mask.shape)} is not one for features {tuple(rows.shape)}")
-    return rows[~mask.flatten()]
+    return selected(rows, ~mask.flatten())
+
+
+def selected(rows: Tensor, which: Tensor) -> Tensor:
+    """The rows (K, C) of (N, C) for which a boolean vector (N,) is True."""
+    return rows[which]

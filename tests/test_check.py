@@ -42,7 +42,9 @@ def test_all_shipped_experiments_are_sound(capsys: pytest.CaptureFixture[str]) -
     assert SHIPPED
     assert main(["check", *map(str, SHIPPED)]) == 0
     out, err = capsys.readouterr()
-    assert all(line.startswith("warning: ") and ": nothing is at '" in line for line in err.splitlines())
+    absent = ": nothing is at '", "fashion_mnist/crd/", "its data set is not here"  # whose wrapper reads the labels
+    assert all(line.startswith("warning: ") for line in err.splitlines())
+    assert all(absent[0] in line or all(part in line for part in absent[1:]) for line in err.splitlines())
     assert [line.split()[0] for line in out.splitlines() if line.endswith("  ok")] == [str(path) for path in SHIPPED]
 
 

@@ -99,7 +99,8 @@ def test_an_override_of_a_scalar_changes_that_key_alone(drawn: tuple[Path, str, 
 @given(path=st.sampled_from(FILES), data=st.data())
 def test_several_overrides_are_as_many_changes(path: Path, data: st.DataObject) -> None:
     numbers = [key for key, tag in scalars(path) if tag.endswith((":int", ":float"))]
-    numbers = [key for key in numbers if not any(bounded in key for bounded in ("decay", "betas"))]
+    bounded = ("decay", "betas", "smoothing")  # which 97 is too much for
+    numbers = [key for key in numbers if not any(name in key for name in bounded)]
     keys = data.draw(st.lists(st.sampled_from(numbers), unique=True, max_size=4))
     found = changes(resolved(path).dump(), resolved(path, *[f"{key}=97" for key in keys]))
     assert {change.key for change in found} == set(keys)

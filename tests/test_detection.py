@@ -246,6 +246,7 @@ def evaluate_a_part(rank: int, world_size: int, port: int, folder: Path) -> None
         except UserError as error:
             said = str(error)
         (folder / f"{rank}.json").write_text(json.dumps({"figures": figures, "said": said}))
+        dist.barrier()  # gloo aborts a process whose peer is gone while it still connects
     finally:
         dist.destroy_process_group()
 

@@ -81,14 +81,14 @@ SLOW_EVALUATION = """
 import time
 from vkd_plugin.tasks.classification import Classification
 _evaluate, _evaluated = Classification.evaluate, []
-def _slow(self, model, loader, device):
+def _slow(self, model, loader, device, *more):
     def slowly():
         for batch in loader:
             yield batch
             if not _evaluated:
                 print("evaluates", flush=True)
             _evaluated.append(time.sleep(0.8 if len(_evaluated) < 2 else 0))
-    return _evaluate(self, model, slowly(), device)
+    return _evaluate(self, model, slowly(), device, *more)
 Classification.evaluate = _slow
 """
 

@@ -177,8 +177,8 @@ class EngineBox(_Box):
         """torchdistill's set-up of a stage, then DistributedDataParallel around what still needs it."""
         super().setup(train_config)
         self._has_stepped = False
-        # A scaler may leave out the first step, and a run may go on behind an epoch's last: torch takes both for a wrong
-        # order of optimizer and scheduler.
+        # A scaler may leave out the first step, and a run may go on behind an epoch's last: torch takes both for a
+        # wrong order of optimizer and scheduler.
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
         if self.distributed:
             self._average_gradients()

@@ -7,7 +7,6 @@ images of each split are what COCO holds too: one without any object, one with a
 gap, as COCO's have.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from ..arguments import one_of
 from ..errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
 from .digits import Digits
 from .fashion_mnist import FashionMNIST
+from .generated import new_folder, parser
 
 CATEGORY_IDS = (*range(1, 10), 11)
 _VISIBLE = 48  # grey levels below are cut off, so that an item ends where its box does
@@ -57,10 +57,7 @@ def write_tree(
     if size < 32:
         raise ValueError(f"size must be at least 32, got {size}")
     splits = _items(items, root)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder}: not empty; give a folder that is, or does not exist yet")
+    with new_folder(folder):
         (folder / "annotations").mkdir()
         first_id = 1
         for (split, source), count in zip(splits.items(), (train, val), strict=True):
@@ -68,8 +65,6 @@ def write_tree(
             described = _write_split(folder / f"{split}2017", source, first_id, count, size, objects, random)
             (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(described))
             first_id += count
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write: {error.strerror or error}") from error
 
 
 def _items(items: str, root: str | None) -> dict[str, Any]:
@@ -179,35 +174,23 @@ def _item(source: Any, random: Random, side: int) -> tuple[np.ndarray, int]:
     return mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], label
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
     Returns:
         The exit code: 0 done, 2 bad input.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m vkd_plugin.datasets.coco_shapes",
-        description="Write a small data set in the layout of COCO 2017, its boxes known exactly.",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="is made; has to be empty if it is there")
-    for name, default, what in (
+    numbers = (
         ("train", 200, "training images"),
         ("val", 50, "validation images"),
         ("size", 128, "longest side of the images, pixels"),
         ("objects", 5, "most items of an image"),
-    ):
-        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
-    parser.add_argument("--items", default="digits", metavar="KIND", help="digits or fashion_mnist (digits)")
-    parser.add_argument("--root", metavar="DIR", help="where Fashion-MNIST lies")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (0)")
-    options = parser.parse_args(argv)
+    )
+    about = "Write a small data set in the layout of COCO 2017, its boxes known exactly."
+    arguments = parser("coco_shapes", about, numbers, "all that is random")
+    arguments.add_argument("--items", default="digits", metavar="KIND", help="digits or fashion_mnist (digits)")
+    arguments.add_argument("--root", metavar="DIR", help="where Fashion-MNIST lies")
+    options = arguments.parse_args(argv)
     try:
         write_tree(**vars(options))
     except (UserError, ValueError) as error:

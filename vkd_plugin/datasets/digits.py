@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 from torchdistill.datasets.registry import register_dataset
 
 from ..arguments import one_of
-from .fractions import kept_fraction, shuffled
+from .fractions import check_fraction, kept_fraction, shuffled
+from .grey_images import GreyImages
 
 _TEST_PER_CLASS = 50
 
 
 @register_dataset
-class Digits(Dataset):
+class Digits(GreyImages):
     """1,297 training and 500 test images of ten classes, the same on every machine.
 
     In YAML::
@@ -61,10 +61,7 @@ class Digits(Dataset):
         seed: int = 0,
     ) -> None:
         one_of("split of Digits", split, ("train", "test"))
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
-        if split == "test" and fraction != 1:
-            raise ValueError("fraction is for the train split; results on a part of the test split do not compare")
+        check_fraction(split, fraction)
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
@@ -79,20 +76,5 @@ class Digits(Dataset):
             else:
                 kept += kept_fraction(shuffled(sorted(set(members) - test), seed), fraction)
         kept.sort()
-        self._images = np.rint(data.images[kept] * (255 / 16)).astype(np.uint8)
-        self.targets: list[int] = data.target[kept].tolist()
-        self.classes = [str(label) for label in range(10)]
-        self.transform = transform
-        self.target_transform = target_transform
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image: Any = Image.fromarray(self._images[index])
-        label: Any = self.targets[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            label = self.target_transform(label)
-        return image, label
-
-    def __len__(self) -> int:
-        return len(self.targets)
+        images = np.rint(data.images[kept] * (255 / 16)).astype(np.uint8)
+        super().__init__(images, data.target[kept].tolist(), [*map(str, range(10))], transform, target_transform)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torchvision.datasets
 from PIL import Image
-from torch.utils.data import Dataset
 from torchdistill.datasets.registry import register_dataset
 
 from ..arguments import one_of
 from ..errors import UserError
-from .fractions import kept_fraction, shuffled
+from .fractions import check_fraction, kept_fraction, shuffled
+from .grey_images import GreyImages
 
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts the files."""
@@ -33,7 +33,7 @@ _VAL_SEED = "validation"
 
 
 @register_dataset(key="SplitFashionMNIST")  # torchvision's keeps its name
-class FashionMNIST(Dataset[tuple[Any, Any]]):
+class FashionMNIST(GreyImages):
     """Clothes of ten classes, 28 x 28 grey pixels: 55,000 training, 5,000 validation and 10,000 test images.
 
     In YAML::
@@ -86,23 +86,7 @@ class FashionMNIST(Dataset[tuple[Any, Any]]):
         images = _read(folder, f"{name}-images-idx3-ubyte", (_SIZES[name], 28, 28))
         labels = _read(folder, f"{name}-labels-idx1-ubyte", (_SIZES[name],))
         kept = _kept(labels, split, fraction, seed)
-        self._images = images[kept]
-        self.targets: list[int] = labels[kept].tolist()
-        self.classes = list(_CLASSES)
-        self.transform = transform
-        self.target_transform = target_transform
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        image: Any = Image.fromarray(self._images[index])
-        label: Any = self.targets[index]
-        if self.transform is not None:
-            image = self.transform(image)
-        if self.target_transform is not None:
-            label = self.target_transform(label)
-        return image, label
-
-    def __len__(self) -> int:
-        return len(self.targets)
+        super().__init__(images[kept], labels[kept].tolist(), _CLASSES, transform, target_transform)
 
     @staticmethod
     def length_of_split(split: str = "train", fraction: float = 1.0, **_: Any) -> int:
@@ -115,10 +99,7 @@ class FashionMNIST(Dataset[tuple[Any, Any]]):
 
 def _check_split(split: str, fraction: float) -> None:
     one_of("split of FashionMNIST", split, ("train", "val", "test"))
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
-    if split != "train" and fraction != 1:
-        raise ValueError(f"fraction is for the train split; results on a part of the {split} split do not compare")
+    check_fraction(split, fraction)
 
 
 def _kept(labels: np.ndarray, split: str, fraction: float, seed: int) -> list[int]:

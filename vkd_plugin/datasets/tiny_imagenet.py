@@ -5,7 +5,6 @@ proportions. A class is a shape in a colour, so there is something to learn. The
 real data sets hold too: a greyscale JPEG, one in CMYK, and one that its EXIF data ask to turn.
 """
 
-import argparse
 import colorsys
 import math
 import sys
@@ -16,6 +15,7 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from ..errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
+from .generated import new_folder, parser
 
 _SIZES = ((96, 72), (72, 96), (128, 128), (160, 100), (100, 160), (64, 64))
 _CORNERS = (3, 4, 0, 5, 6)  # of the shapes; 0 is a disc
@@ -35,10 +35,7 @@ def write_tree(folder: Path, classes: int = 10, train: int = 20, val: int = 5, s
     Raises:
         UserError: ``folder`` holds something, or cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder}: not empty; give a folder that is, or does not exist yet")
+    with new_folder(folder):
         for split, count in (("train", train), ("val", val)):
             for label in range(classes):
                 name = f"n{_FIRST_CLASS + label}"
@@ -46,8 +43,6 @@ def write_tree(folder: Path, classes: int = 10, train: int = 20, val: int = 5, s
                 for number in range(count):
                     image = _image(label, Random(f"{seed}/{split}/{label}/{number}"))
                     _save(image, folder / split / name / f"{name}_{number}.JPEG", label * count + number)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write: {error.strerror or error}") from error
 
 
 def _image(label: int, random: Random) -> Image.Image:
@@ -82,32 +77,19 @@ def _save(image: Image.Image, path: Path, place: int) -> None:
     image.save(path, "JPEG", quality=85, exif=exif)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command.
 
     Returns:
         The exit code: 0 done, 2 bad input.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m vkd_plugin.datasets.tiny_imagenet",
-        description="Write a small folder of JPEGs in the shape of ImageNet, for dry runs.",
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="is made; has to be empty if it is there")
-    for name, default, what in (
+    numbers = (
         ("classes", 10, "number of classes"),
         ("train", 20, "training images of each class"),
         ("val", 5, "validation images of each class"),
-    ):
-        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} ({default})")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random in them (0)")
-    options = parser.parse_args(argv)
+    )
+    about = "Write a small folder of JPEGs in the shape of ImageNet, for dry runs."
+    options = parser("tiny_imagenet", about, numbers, "all that is random in them").parse_args(argv)
     try:
         write_tree(options.folder, options.classes, options.train, options.val, options.seed)
     except UserError as error:

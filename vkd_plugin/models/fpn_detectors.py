@@ -10,7 +10,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ..arguments import one_of
-from .weights import fit_weights, load_weights
+from .weights import with_weights
 
 
 @register_model
@@ -36,7 +36,7 @@ def fasterrcnn_resnet18_fpn(
         kwargs: of torchvision's ``FasterRCNN``, such as ``min_size`` and ``max_size``, to which it resizes images.
     """
     backbone = _body("resnet18", weights_backbone, trainable_backbone_layers)
-    return _with_weights(FasterRCNN(backbone, num_classes, **kwargs), checkpoint)
+    return with_weights(FasterRCNN(backbone, num_classes, **kwargs), checkpoint)
 
 
 @register_model
@@ -68,7 +68,7 @@ def retinanet_resnet18_fpn(
         returned_layers=[2, 3, 4],
         extra_blocks=LastLevelP6P7(256, 256),
     )
-    return _with_weights(RetinaNet(backbone, num_classes, **kwargs), checkpoint)
+    return with_weights(RetinaNet(backbone, num_classes, **kwargs), checkpoint)
 
 
 def _body(name: str, weights: str | None, trainable_layers: int, **kwargs: Any) -> BackboneWithFPN:
@@ -80,9 +80,3 @@ def _body(name: str, weights: str | None, trainable_layers: int, **kwargs: Any) 
     published = get_model_weights(name)
     chosen = published[one_of("weights_backbone", weights, published.__members__)]
     return resnet_fpn_backbone(backbone_name=name, weights=chosen, trainable_layers=trainable_layers, **kwargs)
-
-
-def _with_weights(model: nn.Module, checkpoint: str | None) -> Any:
-    if checkpoint is not None:
-        fit_weights(model, load_weights(checkpoint), checkpoint)
-    return model

@@ -4,13 +4,13 @@ The teachers are convolutional, the students vision transformers without any con
 there is an inductive bias to hand over.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchdistill.models.registry import register_model
 
-from .weights import fit_weights, load_weights
+from .weights import with_weights
 
 
 def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
@@ -51,7 +51,7 @@ def digits_cnn(num_classes: int = 10, width: int = 32, in_chans: int = 1, checkp
         in_chans: channels of the images.
         checkpoint: a local file of weights.
     """
-    return _with_weights(DigitsCNN(num_classes, width, in_chans), checkpoint)
+    return with_weights(DigitsCNN(num_classes, width, in_chans), checkpoint)
 
 
 class _Residual(nn.Module):
@@ -68,7 +68,7 @@ class _Residual(nn.Module):
 
 
 class FashionCNN(nn.Module):
-    """A residual network of six 3 x 3 convolutions with two halvings; see :func:`fashion_cnn`.
+    """A residual network of seven 3 x 3 convolutions with two halvings; see :func:`fashion_cnn`.
 
     Images (B, in_chans, H, W) to logits (B, num_classes). The module ``final_conv`` puts out the last feature
     map, (B, 4 * width, H / 4, W / 4), after its ReLU; ``global_pool`` its mean over all locations, (B, 4 * width).
@@ -100,7 +100,7 @@ def fashion_cnn(num_classes: int = 10, width: int = 32, in_chans: int = 1, check
         in_chans: channels of the images.
         checkpoint: a local file of weights.
     """
-    return _with_weights(FashionCNN(num_classes, width, in_chans), checkpoint)
+    return with_weights(FashionCNN(num_classes, width, in_chans), checkpoint)
 
 
 @register_model
@@ -144,12 +144,3 @@ def fashion_vit(img_size: int = 28, patch_size: int = 7, **kwargs: Any) -> Visio
         kwargs: as for :func:`digits_vit`.
     """
     return digits_vit(img_size=img_size, patch_size=patch_size, **kwargs)
-
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def _with_weights(model: M, checkpoint: str | None) -> M:
-    if checkpoint is not None:
-        fit_weights(model, load_weights(checkpoint), checkpoint)
-    return model

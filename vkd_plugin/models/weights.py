@@ -18,7 +18,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -167,6 +167,20 @@ def fit_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | P
             type(model).__name__,
             _some(aside),
         )
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def with_weights(model: M, checkpoint: str | None) -> M:
+    """The model, with the weights of a file where one is named.
+
+    Raises:
+        UserError: see :func:`load_weights` and :func:`fit_weights`.
+    """
+    if checkpoint is not None:
+        fit_weights(model, load_weights(checkpoint), checkpoint)
+    return model
 
 
 def load_if_there(model: nn.Module, source: str | None) -> None:

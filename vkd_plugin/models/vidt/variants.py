@@ -4,7 +4,7 @@ from typing import Any
 
 from torchdistill.models.registry import register_model
 
-from ..weights import fit_weights, load_weights
+from ..weights import with_weights
 from .backbone_weights import start_from
 from .detector import ViDT
 from .swin import SwinWithDetTokens
@@ -45,9 +45,7 @@ def _vidt(
         dropout=dropout,
         attention_kernel=attention_kernel,
     )
-    if checkpoint is not None:
-        fit_weights(model, load_weights(checkpoint), checkpoint)
-    return model
+    return with_weights(model, checkpoint)
 
 
 @register_model

@@ -382,6 +382,14 @@ def test_torchvision_s_models_show_what_they_hand_on(capsys: pytest.CaptureFixtu
     assert "num_classes=1000" in said(capsys, "models")
 
 
+def test_what_a_function_hands_on_shows_the_default_of_where_it_goes() -> None:
+    """ViDT's sizes leave what they share to one function, whose result has other arguments."""
+    (component,) = [c for c in kind_called("models").find([]) if c.name == "vidt_swin_tiny"]
+    defaults = {a.name: a.default for a in component.arguments}
+    assert defaults.items() >= {"num_queries": 100, "checkpoint": None, "drop_path_rate": 0.2, "dropout": 0.1}.items()
+    assert UNKNOWN not in defaults.values()
+
+
 def test_models_of_timm_go_through_timm_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "through timm_model" in said(capsys, "models")
     assert yaml.safe_load(snippet("models", "regnety_160.deit_in1k"))["models"]["student_model"] == {

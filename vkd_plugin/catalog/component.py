@@ -82,7 +82,7 @@ class Component:
             Argument(
                 name,
                 name in takes.required and name not in self.inferred,
-                default_of(self.target, name),
+                takes.defaults.get(name, default_of(self.target, name)),
                 self.docstring.arguments.get(name, Described()),
             )
             for name in takes.names

@@ -33,6 +33,7 @@ class Keywords:
         positional: names of the leading parameters that can be given without a keyword.
         drops: whether others are taken and dropped, where the set is not open; else they are a TypeError.
         specs: what those with a plain annotation (``int``, ``float | None``) take.
+        defaults: of those of which a signature shows it, also that of a callee to which ``**kwargs`` goes.
     """
 
     names: list[str] = field(default_factory=list)
@@ -41,13 +42,15 @@ class Keywords:
     positional: list[str] = field(default_factory=list)
     drops: bool = False
     specs: dict[str, Spec] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def without(self, count: int, supplied: frozenset[str]) -> "Keywords":
         """What is left to give after ``count`` positional arguments and those ``supplied`` by name."""
         gone = {*self.positional[:count], *supplied}
         names = [name for name in self.names if name not in gone]
         specs = {name: spec for name, spec in self.specs.items() if name not in gone}
-        return Keywords(names, self.required - gone, self.open, self.positional[count:], self.drops, specs)
+        defaults = {name: value for name, value in self.defaults.items() if name not in gone}
+        return Keywords(names, self.required - gone, self.open, self.positional[count:], self.drops, specs, defaults)
 
 
 def keywords(target: Callable[..., Any]) -> Keywords:
@@ -100,6 +103,7 @@ def _declared(parameters: list[inspect.Parameter]) -> Keywords:
         open=any(p.kind is p.VAR_KEYWORD for p in parameters),
         positional=[p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)],
         specs={p.name: spec for p in named if (spec := _spec(p.annotation)) is not None},
+        defaults={p.name: p.default for p in named if p.default is not p.empty},
     )
 
 
@@ -107,7 +111,8 @@ def _joined(found: Keywords, rest: Keywords) -> Keywords:
     """``found``, its ``**kwargs`` resolved to ``rest``."""
     names = [*found.names, *(name for name in rest.names if name not in found.names)]
     required = found.required | rest.required
-    return Keywords(names, required, rest.open, found.positional, rest.drops, rest.specs | found.specs)
+    specs, defaults = rest.specs | found.specs, rest.defaults | found.defaults
+    return Keywords(names, required, rest.open, found.positional, rest.drops, specs, defaults)
 
 
 def _from_init(cls: type, start: int) -> Keywords:

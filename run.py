@@ -1,6 +1,6 @@
 """Train, evaluate and inspect experiments: ``python run.py --config configs/digits/vkd/vit_from_cnn.yaml``."""
 
-from vkd_plugin.cli import main
+from vkd_cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

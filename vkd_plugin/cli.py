@@ -1,148 +1,59 @@
-"""The command line: ``python run.py [COMMAND] ...``, also installed as ``vkd``. Argument parsing only."""
+"""What the commands do once :mod:`vkd_cli` has parsed their arguments; and its ``main``, the whole command line.
 
-import argparse
+Each imports what only it needs.
+"""
+
 import os
-import signal
 import sys
-import threading
-from collections.abc import Sequence
-from typing import NoReturn
+from argparse import Namespace
 
-from .errors import EXIT_BAD_INPUT, EXIT_DONE, UserError
-from .suggest import nearest
+from vkd_cli import main
 
+from .errors import EXIT_DONE, UserError
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_BAD_INPUT, f"error: {message} (see {self.prog} --help)\n")
+__all__ = ["main", "perform"]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser; flags that torchdistill's example scripts have keep their names and meanings."""
-    p = _Parser(
-        prog="run.py",
-        description="Train and test the experiment that a YAML file describes.",
-        epilog="Also: run.py check|list|table|report|export --help.",
-        allow_abbrev=False,
-    )
-    add = p.add_argument
-    add("--config", required=True, metavar="C", help="experiment file (YAML)")
-    _add_overrides(p)
-    _add_trust(p)
-    add("--output", metavar="DIR", help="output folder (default: runs/<path of the config below configs/>)")
-    add(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="auto|PATH",
-        help="go on from the last checkpoint, or from PATH",
-    )
-    add("--allow-config-change", action="store_true", help="resume although the experiment has changed")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    add("--seed", type=_seed, default=0, metavar="N", help="root of all randomness (default: 0)")
-    add("--run_log", metavar="F", help="write the log to this file as well")
-    add("--start_epoch", type=_count, default=0, metavar="N", help="first epoch (counted from 0)")
-    add("-test_only", action="store_true", help="test without training")
-    add("-student_only", action="store_true", help="test the student only")
-    add("-adjust_lr", action="store_true", help="multiply learning rates by the number of processes")
-    add("-log_config", action="store_true", help="log the resolved configuration")
-    add("-disable_cudnn_benchmark", action="store_true", help="do not let cuDNN choose algorithms by timing")
-    add(
-        "--world_size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="accepted for torchdistill; the launcher's value counts",
-    )
-    add("--dist_url", default="env://", metavar="U", help="how processes meet")
-    return p
+def perform(command: str | None, options: Namespace) -> int:
+    """Runs a command; errors that the user can mend become lines on stderr.
+
+    Args:
+        command: its name; None is training.
+        options: what the command's parser gave.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return (_train if command is None else _COMMANDS[command])(options)
+    except UserError as error:
+        if error.spoken if error.spoken is not None else os.environ.get("RANK", "0") == "0":
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
 
 
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**63 - 1")
-    return value
+def _train(options: Namespace) -> int:
+    from .engine.run import Options, run
+
+    given = vars(options).copy()
+    del given["world_size"]  # the launcher's counts
+    return run(Options(**given))
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def _add_overrides(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="a.b.c=value",
-        help="override a value (YAML); repeatable",
-    )
-
-
-def _add_trust(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="PACKAGE",
-        help="let the YAML run this package's code (docs/trust.md); repeatable",
-    )
-
-
-def _train(argv: Sequence[str]) -> int:
-    options = vars(parser().parse_args(argv))
-    options.pop("world_size")
-    from .engine.run import Options, run  # here and below: what only this command needs
-
-    return run(Options(**options))
-
-
-def _check(argv: Sequence[str]) -> int:
-    p = _Parser(prog="run.py check", description="Find what is wrong with experiment files, without data or GPU.")
-    add = p.add_argument
-    add("configs", nargs="+", metavar="CONFIG", help="experiment file (YAML)")
-    _add_overrides(p)
-    _add_trust(p)
-    add("--data", action="store_true", help="data sets have to be here, and their first samples readable")
-    add("--json", action="store_true", help="print one JSON object per file instead of a page")
-    options = p.parse_args(argv)
+def _check(options: Namespace) -> int:
     from .check import check
 
     return check(options.configs, options.overrides, options.trust, options.data, options.json)
 
 
-def _list(argv: Sequence[str]) -> int:
-    p = _Parser(prog="run.py list", description="What an experiment can name; with a NAME, YAML to paste.")
-    add = p.add_argument
-    add("kind", nargs="?", metavar="KIND", help="losses, models, projectors, ... (default: all kinds)")
-    add("name", nargs="?", metavar="NAME", help="one component: its arguments and a YAML snippet")
-    add("--import", dest="packages", action="append", default=[], metavar="PACKAGE", help="list what it registers too")
-    add("--json", action="store_true", help="for machines")
-    options = p.parse_args(argv)
+def _list(options: Namespace) -> int:
     from .catalog import print_catalog
 
     return print_catalog(options.kind, options.name, options.packages, options.json)
 
 
-def _table(argv: Sequence[str]) -> int:
-    p = _Parser(prog="run.py table", description="Print a table of runs beside the published figures.")
-    add = p.add_argument
-    add("table", metavar="TABLE", help="table file (YAML), e.g. configs/tables/digits.yaml")
-    add("--device", help="passed to the runs")
-    _add_trust(p)
-    action = p.add_mutually_exclusive_group()
-    action.add_argument("--run", action="store_true", help="first run the rows and seeds that have no result yet")
-    action.add_argument("--slurm", action="store_true", help="print a Slurm job array that runs what is missing")
-    form = p.add_mutually_exclusive_group()
-    for name, help_text in (("md", "Markdown"), ("csv", "CSV"), ("html", "an HTML table")):
-        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print {help_text}")
-    options = p.parse_args(argv)
+def _table(options: Namespace) -> int:
     from .results.table import load_table, print_table, run_missing, slurm_script
 
     table = load_table(options.table)
@@ -157,15 +68,7 @@ def _table(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _report(argv: Sequence[str]) -> int:
-    p = _Parser(prog="run.py report", description="Write a self-contained HTML page about one or several runs.")
-    add = p.add_argument
-    add("runs", nargs="+", metavar="RUN", help="output folder of a run")
-    add("--output", metavar="FILE", help="the page (default: report.html in the only run's folder, else here)")
-    add("--no-figures", action="store_true", help="only what is recorded; load no model and no data")
-    add("--device", default="cpu", help="where figures are computed (default: cpu)")
-    _add_trust(p)
-    options = p.parse_args(argv)
+def _report(options: Namespace) -> int:
     from .results.report import write_report
 
     page = write_report(options.runs, options.output, not options.no_figures, options.device, options.trust)
@@ -173,17 +76,7 @@ def _report(argv: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def _export(argv: Sequence[str]) -> int:
-    p = _Parser(prog="run.py export", description="Write a run's student as safetensors with config and model card.")
-    add = p.add_argument
-    add("run", metavar="RUN", help="output folder of a run")
-    add("--to", required=True, metavar="DIR", help="the folder to make")
-    add("--checkpoint", default="best", metavar="best|last|PATH", help="which weights (default: best)")
-    add("--ema", action="store_true", help="the EMA's weights")
-    add("--onnx", action="store_true", help="write model.onnx as well, proved equal on onnxruntime")
-    add("--opset", type=int, metavar="N", help="of ONNX (default: the exporter's)")
-    _add_trust(p)
-    options = p.parse_args(argv)
+def _export(options: Namespace) -> int:
     from .export import export_run
 
     print(export_run(**vars(options)))
@@ -191,33 +84,3 @@ def _export(argv: Sequence[str]) -> int:
 
 
 _COMMANDS = {"check": _check, "list": _list, "table": _table, "report": _report, "export": _export}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; errors that the user can mend become one line on stderr.
-
-    Returns:
-        The exit code: 0 done, 2 bad input, 3 the loss was not finite.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if not arguments or arguments[0].startswith("-"):
-            return _train(arguments)
-        command, *rest = arguments
-        if command not in _COMMANDS:
-            raise UserError(f"no command '{command}'{nearest(command, _COMMANDS)}; to train: run.py --config C")
-        return _COMMANDS[command](rest)
-    except BrokenPipeError:  # `run.py list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except UserError as error:
-        if error.spoken if error.spoken is not None else os.environ.get("RANK", "0") == "0":
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:  # while setting up or testing; training saves first (exit code 75)
-        print("error: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    finally:
-        if argv is None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; the interpreter's end is not to be cut off

@@ -20,6 +20,8 @@ from vkd_plugin.cli import main
 from vkd_plugin.datasets import CocoDetection, coco_collate_fn
 from vkd_plugin.datasets.coco_shapes import CATEGORY_IDS, write_tree
 from vkd_plugin.datasets.coco_shapes import main as make_shapes
+from vkd_plugin.engine.loaders import Position, batches_of, build_loader, set_position
+from vkd_plugin.engine.reports import unreadable_images
 from vkd_plugin.errors import BadValue, UserError
 
 ROOT = Path(__file__).parents[1]
@@ -273,8 +275,43 @@ def test_unknown_arguments(shapes: Path) -> None:
 def test_images_that_are_not_what_they_should_be(tree: Path) -> None:
     file = tree / "train2017" / "000000000004.jpg"
     file.write_bytes(file.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"000000000004.jpg: cannot be read as an image: "):
+    hint = "; replace it, or give the data set on_error: 'skip'"
+    with pytest.raises(UserError, match=rf"000000000004.jpg: cannot be read as an image: .*{hint}$"):
         CocoDetection(tree)[3]
     Image.new("RGB", (5, 7)).save(file)
-    with pytest.raises(UserError, match=r"04.jpg: 5 x 7 pixels, the annotations say \d+ x \d+"):
+    with pytest.raises(UserError, match=rf"04.jpg: 5 x 7 pixels, the annotations say \d+ x \d+{hint}$"):
         CocoDetection(tree)[3]
+    with pytest.raises(ValueError, match=r"no on_error 'skp' \(did you mean 'skip'\?\)"):
+        CocoDetection(tree, on_error="skp")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_replaced_and_counted(tree: Path, workers: int, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tree / "train2017"
+    (folder / "000000000003.jpg").write_bytes(b"")
+    Image.new("RGB", (5, 7)).save(folder / "000000000004.jpg")
+    (folder / "000000000006.jpg").unlink()
+    (folder / "000000000006.jpg").mkdir()  # the last; the first takes its place
+    dataset = CocoDetection(tree, on_error="skip", transforms=v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32)]))
+    config = {"collate_fn": "coco_collate_fn", "kwargs": {"batch_size": 3, "num_workers": workers}}
+    loader = build_loader(dataset, config, train=False, seed=0)
+    set_position(loader, 0, Position())
+    with caplog.at_level(logging.WARNING):
+        batches = [(batch, unreadable_images(loader)) for batch in batches_of(loader)]
+    targets = [target for (_, of_batch, *_), _ in batches for target in of_batch]
+    assert [target["image_id"].item() for target in targets] == [1, 2, 5, 5, 5, 1]
+    assert [count for _, count in batches] == [1, 2]
+    wanted = CocoDetection(tree)[4][1]
+    assert torch.equal(targets[2]["boxes"], wanted["boxes"])
+    assert torch.equal(targets[3]["ground_truth"], wanted["ground_truth"])
+    said = sorted(caplog.messages)
+    assert len(said) == 3
+    for message, name, taker in zip(said, "346", "551", strict=True):
+        assert message.startswith(f"{folder}/00000000000{name}.jpg: ")
+        assert message.endswith(f"; {folder}/00000000000{taker}.jpg takes its place")
+
+
+def test_the_picture_of_an_id(shapes: Path) -> None:
+    dataset = CocoDetection(shapes, "val", keep_empty=False, transforms=v2.ToImage())
+    for at, image_id in enumerate(dataset.image_ids):
+        assert np.array_equal(np.asarray(dataset.picture(image_id)), np.asarray(dataset[at][0]).transpose(1, 2, 0))

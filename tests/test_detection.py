@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torchdistill.models.registry import MODEL_DICT
+from torchvision.models import get_model_builder
 
 from vkd_plugin.errors import UserError
+from vkd_plugin.models.detector_labels import labels_of
 from vkd_plugin.tasks import Detection
 from vkd_plugin.tasks.coco_ap import FIGURES
 
@@ -322,6 +325,23 @@ def test_targets_without_an_image_id() -> None:
     batch = ((torch.zeros(3, 2, 2),), ({"boxes": torch.zeros(1, 4)},))
     with pytest.raises(UserError, match="targets need an image_id to be evaluated; got boxes"):
         Detection().evaluate(Replay([FINE]), [batch], CPU)
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", range(1, 7)),  # 0 is the background
+        ("ssdlite320_mobilenet_v3_large", range(1, 7)),
+        ("retinanet_resnet18_fpn", range(7)),
+        ("vidt_swin_nano", range(7)),
+    ],
+)
+def test_labels_that_a_detector_knows(key: str, known: range) -> None:
+    build = MODEL_DICT.get(key) or get_model_builder(key)
+    bodies = {} if key.startswith("vidt") else {"weights_backbone": None}
+    with torch.device("meta"):  # its shape is all that is asked
+        assert labels_of(build(num_classes=7, **bodies)) == known
+    assert labels_of(Replay([])) is None
 
 
 def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

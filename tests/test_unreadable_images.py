@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from vkd_plugin.datasets import ImageFolder
-from vkd_plugin.datasets.image_folder import UNREADABLE_IN_A_ROW
+from vkd_plugin.datasets.unreadable import UNREADABLE_IN_A_ROW
 from vkd_plugin.engine.loaders import (
     Position,
     batches_of,

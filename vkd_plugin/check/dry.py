@@ -17,6 +17,7 @@ from ..engine.build import build_model, is_staged, model_sections, stage_section
 from ..errors import ConfigError
 from ..models.weights import first_line
 from ..random_state import generators_restored
+from ..tasks import task_for
 from .alone import alone
 from .batches import two_samples
 from .facts import DataFacts, Facts, ModelFacts
@@ -82,6 +83,8 @@ class Attempt:
             self._look_at_values()
             if self.facts.problems:
                 return
+            with self.notes.collecting("train", "task"):
+                task_for(self.experiment)
             teacher, student = self._models()
             self._datasets()
             self._compare_statistics(teacher, student)

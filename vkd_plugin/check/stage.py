@@ -15,6 +15,7 @@ from ..engine.meter import TermMeter
 from ..engine.precision import Precision
 from ..engine.sharding import parameters_of
 from ..errors import BadValue, ConfigError
+from ..models.detector_labels import labels_of
 from ..tasks import task_for
 from ..tasks.classification import logits
 from ..tasks.detection import detections
@@ -294,6 +295,8 @@ class Stage:
                 facts.flops = flops.get_total_flops() // len(validated[0])
                 if self.task.lists:
                     detections(outputs, len(validated[0]))
+                    if section == student:
+                        self._check_labels(model, section)
                 elif section == student:
                     self._check_classes(logits(outputs).shape[1], section)
                 if _size(trained[0]) != _size(validated[0]):
@@ -305,6 +308,20 @@ class Stage:
         if classes is not None and classes > outputs:
             message = f"{outputs} outputs for the {classes} classes of data set '{name}'"
             self.notes.problem(message, "models", section, "kwargs")
+
+    def _check_labels(self, model: nn.Module, section: str) -> None:
+        """Where a detector counts its classes and the data set knows its labels: that these are among those."""
+        name = str(self.config["train_data_loader"]["dataset_id"])
+        known, ids = labels_of(model), getattr(self.datasets[name], "category_ids", None)
+        if known is None or not ids:
+            return
+        path = ("models", section, "kwargs")
+        if max(ids) >= known.stop:
+            message = f"labels of data set '{name}' reach {max(ids)}, the detector's {known.stop - 1}"
+            self.notes.problem(f"{message}: num_classes should be {max(ids) + 1}", *path, "num_classes")
+        elif min(ids) < known.start:
+            message = f"label {min(ids)} of data set '{name}' is the detector's background: labels should begin at 1"
+            self.notes.problem(message, *path)
 
 
 class _Loader:

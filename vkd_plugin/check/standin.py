@@ -56,6 +56,8 @@ class StandIn(Dataset[Any]):
         self.transform = kwargs.get("transform")
         self.target_transform = kwargs.get("target_transform")
         self.transforms = kwargs.get("transforms")
+        if hasattr(target, "picture"):  # that it has one is asked, and no more
+            self.picture = target.picture
         self._item = getattr(target, "absent_item", None)  # this package's own, if its items are no classes
         self._kwargs = dict(kwargs)
 

@@ -36,6 +36,7 @@ FREE = (
     # How often something is logged or saved.
     "train.log_freq",
     "test.log_freq",
+    "test.pictures",
     "train.checkpoint",
     # What happens to a step that went wrong: how a run that ended with it goes on.
     "train.skip_nonfinite",

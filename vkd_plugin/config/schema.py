@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import yaml
 
-from vkd_plugin.config.nodes import Entries, entries, is_null
+from vkd_plugin.config.nodes import Entries, entries, is_null, plain_value
 from vkd_plugin.config.spec import Anything, Either, Flag, Function, Items, Named, Number, Section, Spec, Text
 from vkd_plugin.suggest import closest
 
@@ -219,7 +219,18 @@ ENGINE: dict[str, Spec] = {
 }
 """What the engine of this package reads under ``train``; torchdistill does not."""
 
-TEST = Section({"test_data_loader": LOADER, "log_freq": COUNT}, ("test_data_loader",))
+PICTURES = Section(
+    {"count": Number(low=1, high=100, whole=True), "score": Number(low=0, high=1)}, ("count",), nullable=True
+)
+
+
+def test(is_detection: bool) -> Section:
+    """``test``; pictures are the engine's, torchdistill does not read them."""
+    keys: dict[str, Spec] = {"test_data_loader": LOADER, "log_freq": COUNT}
+    elsewhere = {"pictures": "they are of detections (train: task: 'detection')"}
+    if is_detection:
+        keys, elsewhere = {**keys, "pictures": PICTURES}, {}
+    return Section(keys, ("test_data_loader",), elsewhere=elsewhere)
 
 
 def stage(has_teacher: bool, first: bool) -> Section:
@@ -295,7 +306,7 @@ def experiment(root: yaml.MappingNode) -> Section:
                 elsewhere=unread,
             ),
             "train": train(set(_section(top, "train")), has_teacher),
-            "test": TEST,
+            "test": test(_is_detection(_section(top, "train"))),
         },
         ("datasets", "models", "train", "test"),
     )
@@ -305,6 +316,12 @@ def _is_misspelt_teacher(name: object) -> bool:
     """So that what stands under ``train`` is read as the user meant it."""
     known = ("teacher_model", "student_model", "model")
     return name not in known and closest(name, known) == "teacher_model"
+
+
+def _is_detection(section: Entries) -> bool:
+    """Whether ``task`` may come to that: a misspelt one is said in its place."""
+    task = section.get("task")
+    return task is not None and plain_value(task[1]) != "classification"
 
 
 def _section(top: Entries, section: str) -> Entries:

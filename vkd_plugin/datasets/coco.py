@@ -7,6 +7,7 @@ import logging
 import operator
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,6 +22,7 @@ from torchvision.transforms.v2.functional import get_size
 from ..arguments import one_of
 from ..errors import UserError
 from .coco_annotations import SPLITS, find_split, read_annotations
+from .unreadable import ON_ERROR, first_readable
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,10 @@ class CocoDetection(Dataset[tuple[Any, dict[str, Tensor]]]):
         labels: ``'category_ids'`` takes COCO's ids, 1 to 90 with ten gaps, for labels, as torchvision's detectors
             (``num_classes: 91``) and the reference do; ``'contiguous'`` numbers the categories from 0 by their ids.
         keep_empty: keep images without a box to train on.
+        on_error: what an image means that cannot be read, or has another size than the annotations say. ``'stop'``: a
+            ``UserError`` with its path. ``'skip'``: the next item whose image can be read takes its place; the engine
+            logs the path and counts (``unreadable_images`` in ``metrics.jsonl``). For training: an evaluation would
+            leave the image's objects out.
 
     Attributes:
         classes: name of each label; ``'N/A'`` where no category has it.
@@ -72,7 +78,7 @@ class CocoDetection(Dataset[tuple[Any, dict[str, Tensor]]]):
 
     Raises:
         BadValue: a folder, the annotation file or an image is missing, or the file is not what COCO's are.
-        ValueError: unknown ``split`` or ``labels``.
+        ValueError: unknown ``split``, ``labels`` or ``on_error``.
     """
 
     def __init__(
@@ -82,9 +88,11 @@ class CocoDetection(Dataset[tuple[Any, dict[str, Tensor]]]):
         transforms: Transforms | None = None,
         labels: str = "category_ids",
         keep_empty: bool = True,
+        on_error: str = "stop",
     ) -> None:
         one_of("split of CocoDetection", split, SPLITS)
         one_of("labels of CocoDetection", labels, ("category_ids", "contiguous"))
+        self.on_error = one_of("on_error", on_error, ON_ERROR)
         self.root = str(root)
         self.transforms = transforms
         self.folder, file = find_split(self.root, split)
@@ -110,17 +118,24 @@ class CocoDetection(Dataset[tuple[Any, dict[str, Tensor]]]):
         return len(self._places)
 
     def __getitem__(self, index: int) -> tuple[Any, dict[str, Tensor]]:
-        """Image and target.
+        """Image and target; with ``on_error: 'skip'`` of the next item whose image can be read.
 
         Raises:
             UserError: the image cannot be read, or has another size than the annotations say.
         """
-        place = self._places[operator.index(index)]
+        at, image = first_readable(
+            range(len(self))[operator.index(index)],
+            len(self),
+            lambda at: str(self._path(self._places[at])),
+            lambda at: self._image(self._places[at]),
+            self.on_error,
+        )
+        place = self._places[at]
         found, objects = self._found, self._objects(place)
         usable = np.flatnonzero(self._usable[objects]) + objects.start
         columns = (*found.boxes[objects].T, found.areas[objects], self._labels[objects], found.crowds[objects])
         return _item(
-            self._image(place),
+            image,
             torch.from_numpy(self._boxes[usable]).float(),
             torch.from_numpy(self._labels[usable]),
             torch.from_numpy(np.stack(columns, axis=1).astype(np.float64)),
@@ -131,8 +146,15 @@ class CocoDetection(Dataset[tuple[Any, dict[str, Tensor]]]):
     @property
     def samples(self) -> list[tuple[str, int]]:
         """Path and image id of each item: the engine names the files of a bad batch by them."""
-        names = self._found.file_names
-        return [(str(self.folder / names[p]), i) for p, i in zip(self._places, self.image_ids, strict=True)]
+        return [(str(self._path(p)), i) for p, i in zip(self._places, self.image_ids, strict=True)]
+
+    def picture(self, image_id: int) -> Image.Image:
+        """The image of an id as its file holds it, in RGB.
+
+        Raises:
+            OSError, UserError: it cannot be read, or has another size than the annotations say.
+        """
+        return self._image(self._places[self.image_ids.index(image_id)])
 
     @staticmethod
     def absent_item(
@@ -148,15 +170,13 @@ class CocoDetection(Dataset[tuple[Any, dict[str, Tensor]]]):
     def _objects(self, place: int) -> slice:
         return slice(*self._found.starts[place : place + 2].tolist())
 
+    def _path(self, place: int) -> Path:
+        return self.folder / self._found.file_names[place]
+
     def _image(self, place: int) -> Image.Image:
-        path = self.folder / self._found.file_names[place]
-        try:
-            with Image.open(path) as opened:
-                image = opened.convert("RGB")
-        except MemoryError:
-            raise
-        except Exception as error:  # of damaged files Pillow raises whatever its parsers come upon
-            raise UserError(f"{path}: cannot be read as an image: {' '.join(str(error).split())}") from error
+        path = self._path(place)
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
         height, width = self._found.sizes[place].tolist()
         if image.size != (width, height):
             said = f"{image.width} x {image.height} pixels, the annotations say {width} x {height}"

@@ -6,16 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torchvision.datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchdistill.datasets.registry import register_dataset
 
 from ..arguments import one_of
-from ..errors import UserError
 from .class_folders import check_same_as_train, check_samples, class_names, split_folder
-from .unreadable import tell
-
-# So many unreadable images in a row are no matter of images: a disk is gone, or rights have changed.
-UNREADABLE_IN_A_ROW = 100
+from .unreadable import ON_ERROR, first_readable
 
 
 @register_dataset(key="CheckedImageFolder")  # torchvision's keeps its name
@@ -66,7 +62,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         num_classes: int | None = None,
         on_error: str = "stop",
     ) -> None:
-        self.on_error = one_of("on_error", on_error, ("stop", "skip"))
+        self.on_error = one_of("on_error", on_error, ON_ERROR)
         self.num_classes = num_classes
         self._given_root = str(root)
         folder = split_folder(self._given_root, split)
@@ -85,32 +81,14 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         Raises:
             UserError: it cannot be read.
         """
-        place, unreadable = operator.index(index), ""
-        attempts = min(UNREADABLE_IN_A_ROW, len(self))
-        for _ in range(attempts):
-            path, label = self.samples[place]
-            try:
-                image = self.loader(path)
-            except MemoryError:
-                raise
-            except Exception as error:  # of damaged files Pillow raises whatever its parsers come upon
-                message = f"{path}: cannot be read as an image: {_reason(error)}"
-                if self.on_error == "stop":
-                    raise UserError(f"{message}; replace it, or give the data set on_error: 'skip'") from error
-                unreadable = unreadable or message
-                place = (place + 1) % len(self)
-                continue
-            if unreadable:
-                tell(f"{unreadable}; {path} takes its place")
-            if self.transform is not None:
-                image = self.transform(image)
-            return image, label if self.target_transform is None else self.target_transform(label)
-        raise UserError(f"{unreadable}; nor can those that would take its place ({attempts} tried)")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "empty, or in no format that Pillow knows"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        place, image = first_readable(
+            range(len(self))[operator.index(index)],
+            len(self),
+            lambda place: self.samples[place][0],
+            lambda place: self.loader(self.samples[place][0]),
+            self.on_error,
+        )
+        label = self.samples[place][1]
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, label if self.target_transform is None else self.target_transform(label)

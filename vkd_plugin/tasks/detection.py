@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 from ..errors import UserError
 from .coco_ap import Seen, average_precision, evaluator_classes, write_results
 from .evaluating import evaluating
+from .pictures import Pictures
 
 _TRUTH = "ground_truth"
 _PARTS = ("boxes", "labels", "scores")
@@ -23,6 +24,7 @@ class Detection:
 
     Args:
         category_ids: label -> category id, for :attr:`RESULTS`; None where labels are category ids.
+        pictures: what is drawn at :attr:`PICTURES`; None for nothing.
 
     Attributes:
         metric: name of the figure that chooses the best checkpoint; higher is better.
@@ -35,9 +37,11 @@ class Detection:
     metric = "AP"
     lists = True
     RESULTS = "detections.json"
+    PICTURES = "detections.png"
 
-    def __init__(self, category_ids: Mapping[int, int] | None = None) -> None:
+    def __init__(self, category_ids: Mapping[int, int] | None = None, pictures: Pictures | None = None) -> None:
         self.category_ids = category_ids
+        self.pictures = pictures
         evaluator_classes()  # now, not after an epoch
 
     def unpack(self, batch: Any, device: torch.device) -> tuple[list[Tensor], list[dict[str, Any]], Any]:
@@ -82,14 +86,16 @@ class Detection:
                 ``labels`` and ``scores``. It is measured in evaluation mode and left as it was.
             loader: batches as :meth:`unpack` takes them, with ``image_id`` in each target.
             device: where the model is.
-            folder: the main process leaves all detections there, in COCO's format of results (:attr:`RESULTS`).
+            folder: the main process leaves all detections there, in COCO's format of results (:attr:`RESULTS`), and
+                the picture, if one is asked for (:attr:`PICTURES`).
 
         Returns:
             ``AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium``, ``AP_large``, percent; nan where no object is of
             the size.
 
         Raises:
-            UserError: outputs that are not detections, or are not finite; nothing to evaluate.
+            UserError: outputs that are not detections, or are not finite; nothing to evaluate; results that cannot be
+                written.
         """
         own: dict[int, Seen] = {}
         with evaluating(model) as bare:
@@ -119,6 +125,8 @@ class Detection:
             raise UserError("nothing to evaluate: the data set is empty")
         if folder is not None:
             write_results(folder / self.RESULTS, images, self.category_ids)
+            if self.pictures is not None:
+                self.pictures.draw(folder / self.PICTURES, images)
         return average_precision(images)
 
 

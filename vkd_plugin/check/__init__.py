@@ -10,6 +10,7 @@ from typing import Any
 from ..config import ConfigErrors, Experiment, load_experiment
 from ..config.construct import call
 from ..errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
+from ..teacher_cache import views_of
 from . import standin
 from .dry import dry_run
 from .facts import Facts
@@ -56,7 +57,7 @@ def examine(path: str | Path, overrides: Sequence[str] = (), trust: Sequence[str
         facts.problems += error.problems
         return facts
     facts.warnings += experiment.warnings + ([] if data else missing_files(experiment))
-    dry_run(experiment, facts)
+    _step(experiment, facts)
     facts.problems.sort(key=_position)
     return facts
 
@@ -71,10 +72,19 @@ def prove(experiment: Experiment) -> list[str]:
         ConfigErrors: all that is wrong.
     """
     facts = Facts(experiment.path)
-    dry_run(experiment, facts)
+    _step(experiment, facts)
     if facts.problems:
         raise ConfigErrors(facts.problems)
     return facts.warnings
+
+
+def _step(experiment: Experiment, facts: Facts) -> None:
+    """A dry step, and what none can show: whether the teacher's outputs may be kept."""
+    dry_run(experiment, facts)
+    try:
+        views_of(experiment)
+    except ConfigError as error:
+        facts.problems.append(error)
 
 
 def _as_json(facts: Facts) -> dict[str, Any]:

@@ -38,6 +38,8 @@ FREE = (
     "test.log_freq",
     "test.pictures",
     "train.checkpoint",
+    "train.validate_every",
+    "train.teacher_cache.folder",
     # What happens to a step that went wrong: how a run that ended with it goes on.
     "train.skip_nonfinite",
     # Where weights are put afterwards.

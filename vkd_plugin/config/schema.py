@@ -214,6 +214,17 @@ ENGINE: dict[str, Spec] = {
         {"every_steps": COUNT, "keep": COUNT, "on_error": Text(choices=("stop", "continue"))}, nullable=True
     ),
     "skip_nonfinite": AMOUNT,
+    "validate_every": COUNT,
+    "teacher_cache": Section(
+        {
+            "folder": Text(),
+            "views": COUNT,
+            "seed": AMOUNT,
+            "dtype": Text(choices=("bfloat16", "float16", "float32")),
+        },
+        ("folder", "views"),
+        nullable=True,
+    ),
     "deterministic": Flag(),
     "global_batch": Flag(),
 }

@@ -46,6 +46,8 @@ from .sharding import (
 
 # What EngineBox is mixed into. torchdistill has no types, so a checker lets all of a box's attributes through.
 if TYPE_CHECKING:
+    from ..teacher_cache import TeacherCache
+
     _Box: TypeAlias = Any
 else:
     _Box = object
@@ -67,6 +69,7 @@ class EngineBox(_Box):
             after a forward pass.
         gradient_norms: the parameters that have a gradient, and the norm of each, (P,).
         left_out: whether the last optimizer step was, on the device; None without ``spare``.
+        teacher_cache: where the teacher's outputs are looked up; None computes them.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class EngineBox(_Box):
         self._own_post_forward: Callable[..., None] | None = None
         self._alone: list[nn.Parameter] = []
         self._anchor: Anchor | None = None
+        self.teacher_cache: TeacherCache | None = None
         super().__init__(*args)
 
     # What differs between torchdistill's box with a teacher and its box without one.
@@ -222,6 +226,21 @@ class EngineBox(_Box):
                 "parts of the student get no gradient from the criterion, which DistributedDataParallel has to know: "
                 "name them under frozen_modules, or end the student before them by sequential"
             ) from error
+
+    def get_teacher_output(
+        self, sample_batch: Any, targets: Any, supp_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The teacher's forward pass, unless its outputs are kept."""
+
+        if self.teacher_cache is None:
+            return super().get_teacher_output(sample_batch, targets, supp_dict, **kwargs)
+        forward = super().get_teacher_output
+
+        def compute(places: Tensor) -> dict[str, Any]:
+            some = sample_batch if len(places) == len(sample_batch) else sample_batch[places.to(self.device)]
+            return forward(some, None, {}, **kwargs)[1]
+
+        return self.teacher_cache.outputs(supp_dict, self.device, compute)
 
     def post_forward_process(self, loss: Tensor, metrics: Any = None, **kwargs: Any) -> None:
         """Backward, and at the end of an accumulation: unscale, clip, step, scheduler. torchdistill's semantics."""

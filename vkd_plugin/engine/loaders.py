@@ -46,6 +46,7 @@ from .randomness import (
     AddressedCollator,
     AddressedDataset,
     Repeated,
+    Views,
     addressed,
     stable_hash,
 )
@@ -120,6 +121,7 @@ def build_loader(
     seed: int,
     rank: int = 0,
     world_size: int = 1,
+    views: Views | None = None,
 ) -> DataLoader[Any]:
     """The data loader of a ``train_data_loader``, ``val_data_loader`` or ``test_data_loader`` section.
 
@@ -131,6 +133,7 @@ def build_loader(
         train: shards of equal size (True), or every sample exactly once (False).
         seed: the root of all randomness.
         rank, world_size: this process and the number of all.
+        views: of the samples, for a cache of the teacher's outputs.
 
     Raises:
         UserError: an iterable data set, or ``batch_size: null``.
@@ -154,19 +157,22 @@ def build_loader(
     # A generator of its own, as the loader would draw its workers' seed from the global one.
     options.setdefault("generator", torch.Generator().manual_seed(stable_hash(seed, "workers", rank)))
     return ReportingLoader(
-        AddressedDataset(wrapped, seed),
+        AddressedDataset(wrapped, seed, views),
         batch_sampler=AddressedBatches(batches, seed),
         collate_fn=AddressedCollator(collate or default_collate, seed, rank),
         **options,
     )
 
 
-def loader_factory(seed: int, rank: int = 0, world_size: int = 1) -> Callable[..., list[DataLoader[Any] | None]]:
+def loader_factory(
+    seed: int, rank: int = 0, world_size: int = 1, views: Views | None = None
+) -> Callable[..., list[DataLoader[Any] | None]]:
     """A stand-in for ``torchdistill.datasets.util.build_data_loaders``, with its signature.
 
     Args:
         seed: the root of all randomness.
         rank, world_size: this process and the number of all.
+        views: of the training samples, for a cache of the teacher's outputs.
 
     Returns:
         ``load(datasets, configs, distributed, accelerator=None, train=None)``. As in torchdistill's boxes,
@@ -187,7 +193,10 @@ def loader_factory(seed: int, rank: int = 0, world_size: int = 1) -> Callable[..
                 return None
             if name not in datasets:
                 raise UserError(f"no data set '{name}' under datasets{nearest(name, datasets)}")
-            return build_loader(datasets[name], config, train=training, seed=seed, rank=rank, world_size=world_size)
+            shown = views if training else None
+            return build_loader(
+                datasets[name], config, train=training, seed=seed, rank=rank, world_size=world_size, views=shown
+            )
 
         if train is not None:
             return [build(config, train) for config in configs]

@@ -6,6 +6,10 @@ What is drawn depends on where it is drawn, never on what was drawn before::
     a sample's transform f(seed, epoch, sample index), and how often it has come before, if a sampler repeats it
     a batch's mixing     f(seed, epoch, batch of the epoch, rank)
 
+With a cache of the teacher's outputs transforms come again (:class:`Views`), whatever the run's seed::
+
+    a sample's transform f(the views' seed, view, sample index)
+
 So a run that goes on from a checkpoint draws what it would have drawn, any number of loader workers draws the
 same, and no two ranks repeat each other. The address travels with the request for a batch
 (:class:`BatchAddress`), not as state of the data set: persistent workers and prefetching cannot get it wrong.
@@ -162,6 +166,27 @@ class Repeated(int):
         return order
 
 
+@dataclass(frozen=True)
+class Views:
+    """Transforms that come again: each sample has so many of them, one after the other from epoch to epoch.
+
+    Args:
+        count: of different views.
+        seed: the root of what they draw; runs with different seeds share their views.
+    """
+
+    count: int
+    seed: int = 0
+
+    def at(self, epoch: int, index: Any) -> int:
+        """The view of a sample in an epoch; a sampler that repeats it goes on to the next."""
+        return (epoch + (index.before if isinstance(index, Repeated) else 0)) % self.count
+
+
+SAMPLE, VIEW = "vkd_sample", "vkd_view"
+"""Under which names a sample's supplement says what it is, where there are views."""
+
+
 class AddressedDataset(Dataset[Any]):
     """A data set whose items depend on ``(seed, epoch, index)`` and nothing else.
 
@@ -171,15 +196,21 @@ class AddressedDataset(Dataset[Any]):
     Args:
         dataset: a map-style data set, with all its own wrappers.
         seed: the root of all randomness.
+        views: transforms that come again; then torchdistill's supplement of each sample says which it is.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int, views: Views | None = None) -> None:
         self.dataset = dataset
         self.seed = seed
+        self.views = views
 
     def __getitem__(self, index: Any) -> Any:
+        return self.in_epoch(0, index)
+
+    def in_epoch(self, epoch: int, index: Any) -> Any:
+        """A sample as it is in an epoch (from 0)."""
         with generators_restored():
-            return self._item(0, index)
+            return self._item(epoch, index)
 
     def __getitems__(self, batch: BatchAddress | list[Any]) -> Any:
         """What a DataLoader asks for, by an address of its batch sampler: that address and its samples.
@@ -199,9 +230,17 @@ class AddressedDataset(Dataset[Any]):
         return batch, samples, replaced
 
     def _item(self, epoch: int, index: Any) -> Any:
+        if self.views is not None:
+            return self._view(self.views, epoch, index)
         again = (index.before,) if isinstance(index, Repeated) else ()
         _seed_generators(stable_hash(self.seed, "sample", epoch, index, *again))
         return self.dataset[index]
+
+    def _view(self, views: Views, epoch: int, index: Any) -> Any:
+        view = views.at(epoch, index)
+        _seed_generators(stable_hash(views.seed, "view", view, index))
+        sample, target, *supplement = self.dataset[index]
+        return sample, target, {**(supplement[0] if supplement else {}), SAMPLE: operator.index(index), VIEW: view}
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

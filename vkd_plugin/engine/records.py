@@ -29,7 +29,7 @@ from .checkpoint import Checkpoints, has_checkpoint
 
 logger = logging.getLogger("vkd_plugin")
 
-MEASURED = ("images_per_s", "data_wait_share", "gpu_memory_gib")
+MEASURED = ("images_per_s", "data_wait_share", "teacher_cached_share", "gpu_memory_gib")
 """Keys of ``metrics.jsonl`` that no two runs share to the last bit; all others they do."""
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ..config import Experiment
@@ -24,6 +25,7 @@ from ..random_state import generators_state, restore_generators
 from ..stiefel import UndefinedMapError
 from ..tasks import task_for
 from ..teacher import state_digest
+from ..teacher_cache import open_cache, views_of
 from .board import Board
 from .box import EngineBox, build_box
 from .build import blame, for_processes
@@ -108,9 +110,10 @@ class Trainer:
         decay = (self.config.get("ema") or {}).get("decay")
         with blame(experiment, "train", "ema"):  # before the student is in shards, which cannot be copied
             self.ema = StudentEMA(student, decay) if decay is not None else None
+        views = views_of(experiment)
         with blame(experiment, "train"):
             self.box: EngineBox = build_box(
-                loader_factory(seed, processes.rank, processes.world_size),
+                loader_factory(seed, processes.rank, processes.world_size, views),
                 self.precision,
                 self.terms,
                 self.config.get("compile") or {},
@@ -127,6 +130,8 @@ class Trainer:
         if self.ema is not None:  # the box may have loaded other weights
             self.ema.model.load_state_dict(whole(student.state_dict()))
         self._train_loader()  # that there is one, before anything is written
+        if views is not None and teacher is not None:
+            self.box.teacher_cache = open_cache(experiment, self.box, teacher, processes)
         self.epoch = 0  # epochs done
         self.position = Position()  # within the present epoch
         self.step = 0  # batches done in all
@@ -140,6 +145,10 @@ class Trainer:
         checkpoint = self.config.get("checkpoint") or {}
         self.save_every_steps: int | None = checkpoint.get("every_steps")
         self.keep_every_epochs: int | None = checkpoint.get("keep")
+        self.validate_every = int(self.config.get("validate_every") or 1)
+        if self.validate_every > 1 and isinstance(self.box.lr_scheduler, ReduceLROnPlateau):
+            why = "ReduceLROnPlateau needs each epoch's validation, and validate_every leaves some out"
+            raise experiment.error(why, "train", "validate_every")
         self.result = Result(parameters=self._count_parameters())
         text, digest = experiment.dump(), experiment.digest()  # once: slower than all the rest of a small checkpoint
         self._described = {"config": text, "config_digest": digest, "versions": versions()}
@@ -254,6 +263,8 @@ class Trainer:
             record["scaler_skips"] = self.watch.guard.scaler_skips
         if self.watch.guard.skips_allowed:
             record["skipped_nonfinite"] = self.watch.guard.skipped
+        if self.box.teacher_cache is not None:
+            record["teacher_cached_share"] = round(self.box.teacher_cache.share_found(), 4)
         record["images_per_s"] = round(self.pace.images_per_second, 1)
         record["data_wait_share"] = round(self.pace.data_wait_share, 4)
         if self.processes.device.type == "cuda":
@@ -304,8 +315,9 @@ class Trainer:
                 self.result.teacher_digest = None  # this stage trains it
 
     def _validate(self) -> dict[str, float]:
+        """Figures of the student, and of its average; none in an epoch that ``validate_every`` leaves out."""
         loader = self.box.val_data_loader
-        if loader is None:
+        if loader is None or not self._validates():
             return {}
         models = {"val": self.box.bare_student}
         if self.ema is not None:
@@ -318,6 +330,10 @@ class Trainer:
                 found = self.task.evaluate(model, batches, self.processes.device)
             metrics |= {f"{prefix}/{name}": value for name, value in found.items()}
         return metrics
+
+    def _validates(self) -> bool:
+        """Whether the epoch in hand ends with a validation: every so many do, and the run's last."""
+        return (self.epoch + 1) % self.validate_every == 0 or self.epoch + 1 == self.box.num_epochs
 
     def _stop_in_validation(self) -> None:
         self._save_last()
@@ -333,6 +349,8 @@ class Trainer:
         """Notes the record; True where it is the best so far by the validation metric (else by the loss)."""
         self.result.last, self.result.steps = record, self.step
         best = self.result.best
+        if self.box.val_data_loader is not None and "val/" + self.task.metric not in record:
+            return False  # nobody knows how good it is
         improved = best is None or _score(record, self.task.metric) > _score(best, self.task.metric)
         if improved:
             self.result.best = record

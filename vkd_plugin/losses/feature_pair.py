@@ -15,6 +15,10 @@ from ..suggest import closest, nearest
 IODict = Mapping[str, Mapping[str, Any]]
 
 
+class ReadOut(dict["Feature", Tensor]):
+    """What features make of one hooked output, in the place of that output: a cache keeps the rows, not the maps."""
+
+
 class NotHookedError(ConfigError):
     """A loss reads what ``forward_hook`` does not name.
 
@@ -107,8 +111,11 @@ class Feature:
         hooked = {path: list(io) for path, io in io_dict.items() if io}
         if self.io not in hooked.get(self.module, ()):
             raise NotHookedError(self.side, self.module, self.io, hooked)
+        whole = io_dict[self.module][self.io]
+        if isinstance(whole, ReadOut):
+            return whole[self]
         try:
-            value = pick(io_dict[self.module][self.io], self.index, self._where)
+            value = pick(whole, self.index, self._where)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         try:

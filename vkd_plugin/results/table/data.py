@@ -107,7 +107,13 @@ class Run:
     def arguments(self) -> list[str]:
         """Of ``run.py``."""
         changes = [part for override in self.overrides for part in ("--set", override)]
-        return ["--config", self.config, *changes, "--seed", str(self.seed), "--output", str(self.folder)]
+        alone = ["-student_only"] if self._leaves_teacher_out else []
+        return ["--config", self.config, *changes, "--seed", str(self.seed), "--output", str(self.folder), *alone]
+
+    @property
+    def _leaves_teacher_out(self) -> bool:
+        """Whether no column asks how good the teacher is: every run would measure the same again."""
+        return self.row.saved == "student_model" and not any("teacher" in c.metric for c in self.row.columns)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ class _Version(argparse.Action):
         from importlib import metadata
 
         try:
-            parser.exit(message=f"vkd_plugin {metadata.version('vkd-plugin')}\n")
+            print(f"vkd_plugin {metadata.version('vkd-plugin')}")
         except metadata.PackageNotFoundError:
             parser.error("vkd_plugin is not installed, so that its version is not known: pip install -e .")
+        parser.exit()
 
 
 def _train() -> argparse.ArgumentParser:

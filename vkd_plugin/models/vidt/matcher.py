@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
@@ -84,5 +83,7 @@ class HungarianMatcher(nn.Module):
 
 def _assigned(costs: Tensor) -> Tensor:
     """(S, Q, n) to (S, 2, min(Q, n))."""
+    from scipy.optimize import linear_sum_assignment  # here: only detectors need it, and it is slow to import
+
     pairs = [torch.stack([torch.as_tensor(index) for index in linear_sum_assignment(cost)]) for cost in costs.numpy()]
     return torch.stack(pairs)

@@ -138,6 +138,7 @@ def _table() -> argparse.ArgumentParser:
     p = _Parser(prog="run.py table", description="Print a table of runs beside the published figures.")
     add = p.add_argument
     add("table", metavar="TABLE", help="table file (YAML), e.g. configs/tables/digits.yaml")
+    add("--runs", metavar="FOLDER", help="where the tables' runs are (default: runs/tables)")
     add("--device", help="passed to the runs")
     _add_trust(p)
     action = p.add_mutually_exclusive_group()

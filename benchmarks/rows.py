@@ -1,6 +1,6 @@
 """What a training step of each row of a table costs, as a ratio to the step of the row that the others are paired with.
 
-    python -m benchmarks.rows [configs/tables/fashion_mnist_projector.yaml] [--steps 20] [--rounds 5] [--json FILE]
+    python -m benchmarks.rows [configs/tables/fashion_mnist_methods.yaml] [--steps 20] [--rounds 5] [--json FILE]
 
 Forward passes of teacher and student, losses, backward pass and optimizer, through the engine's box, on one batch that
 stays the same; without loading, validation and saving. Rows take turns in one process; printed are medians over the
@@ -56,7 +56,7 @@ def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", nargs="?", default="configs/tables/fashion_mnist_projector.yaml")
+    parser.add_argument("table", nargs="?", default="configs/tables/fashion_mnist_methods.yaml")
     parser.add_argument("--steps", type=int, default=20, help="of a row at its turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""Draws the figures of docs/study.md from the runs of configs/tables/fashion_mnist_projector.yaml.
+"""Draws the figures of docs/study.md from the runs of configs/tables/fashion_mnist_methods.yaml.
 
     pip install -e '.[figures]'
-    python run.py table configs/tables/fashion_mnist_projector.yaml --run
+    python run.py table configs/tables/fashion_mnist_methods.yaml --run
     python docs/study_figures.py
 
 What they show is computed as for ``run.py report``, which shows the same of any run.
@@ -20,7 +20,7 @@ from vkd_plugin.results.opened import opened
 from vkd_plugin.results.runs import Run, read_runs
 from vkd_plugin.results.table import load_table
 
-TABLE = "configs/tables/fashion_mnist_projector.yaml"
+TABLE = "configs/tables/fashion_mnist_methods.yaml"
 FOLDER = Path("docs/figures")
 ORTHOGONAL = "logits + orthogonal projector (VkD)"
 PROJECTORS = {

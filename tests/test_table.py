@@ -177,6 +177,25 @@ def test_the_student_of_each_run_has_its_own_file(table_file: Path) -> None:
         assert next(load_table(table_file).all_runs()).overrides == ()
 
 
+def test_the_teacher_is_tested_where_a_column_asks_for_it(table_file: Path) -> None:
+    def alone() -> list[bool]:
+        return ["-student_only" in run.arguments for run in load_table(table_file).all_runs()]
+
+    assert not any(alone())
+    Path("experiment.yaml").write_text("models: {teacher_model: {key: 'x'}, student_model: {key: 'y'}}")
+    assert all(alone())
+    table_file.write_text(COLUMNS.replace("best.val/AP50", "test.teacher.AP50"))
+    assert not any(alone())
+
+
+def test_the_home_of_the_runs(table_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere, usual = (load_table(table_file, home) for home in ("some where", None))
+    (run, *_), (other, *_) = elsewhere.all_runs(), usual.all_runs()
+    assert run.folder.relative_to("some where") == other.folder.relative_to("runs", "tables")
+    assert main(["table", str(table_file), "--runs", "some where", "--csv"]) == 0
+    assert f"--output '{run.folder}'" in capsys.readouterr().out
+
+
 def test_a_name_that_yaml_would_not_take_for_text_is_quoted(table_file: Path) -> None:
     Path("experiment.yaml").write_text("models: {model: {dst_ckpt: 'y.pt'}}")
     odd = table_file.rename("a: b #c.yaml")

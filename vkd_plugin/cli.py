@@ -56,7 +56,7 @@ def _list(options: Namespace) -> int:
 def _table(options: Namespace) -> int:
     from .results.table import load_table, print_table, run_missing, slurm_script
 
-    table = load_table(options.table)
+    table = load_table(options.table, options.runs)
     if options.slurm:
         print(slurm_script(table, options.device, options.trust), end="")
         return EXIT_DONE

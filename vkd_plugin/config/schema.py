@@ -204,9 +204,11 @@ PROCESSES = ("pre_epoch_process", "pre_forward_process", "post_forward_process",
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 COMPILE = Either((Flag(), Text(choices=COMPILE_MODES)), nullable=True)
+AMP = Section({"dtype": Text(choices=("bfloat16", "float16"))}, ("dtype",), nullable=True)
 ENGINE: dict[str, Spec] = {
     "task": Text(choices=("classification", "detection")),
-    "amp": Section({"dtype": Text(choices=("bfloat16", "float16"))}, ("dtype",), nullable=True),
+    "amp": AMP,
+    "teacher_amp": AMP,
     "ema": Section({"decay": Number(low=0, high=1)}, ("decay",), nullable=True),
     "compile": Section({"student": COMPILE, "teacher": COMPILE}, nullable=True),
     "channels_last": Flag(),

@@ -232,15 +232,18 @@ class EngineBox(_Box):
     ) -> tuple[Any, dict[str, Any]]:
         """The teacher's forward pass, unless its outputs are kept."""
 
+        forward, own = super().get_teacher_output, self.precision
+
+        def compute(places: Tensor | None = None) -> tuple[Any, dict[str, Any]]:
+            some = places is not None and len(places) < len(sample_batch)
+            samples = sample_batch[places.to(self.device)] if some and places is not None else sample_batch
+            with own.autocast_teacher():
+                found, io_dict = forward(samples, None if some else targets, supp_dict, **kwargs)
+            return own.from_teacher(found), own.from_teacher(io_dict)
+
         if self.teacher_cache is None:
-            return super().get_teacher_output(sample_batch, targets, supp_dict, **kwargs)
-        forward = super().get_teacher_output
-
-        def compute(places: Tensor) -> dict[str, Any]:
-            some = sample_batch if len(places) == len(sample_batch) else sample_batch[places.to(self.device)]
-            return forward(some, None, {}, **kwargs)[1]
-
-        return self.teacher_cache.outputs(supp_dict, self.device, compute)
+            return compute()
+        return self.teacher_cache.outputs(supp_dict, self.device, lambda places: compute(places)[1])
 
     def post_forward_process(self, loss: Tensor, metrics: Any = None, **kwargs: Any) -> None:
         """Backward, and at the end of an accumulation: unscale, clip, step, scheduler. torchdistill's semantics."""

@@ -104,7 +104,7 @@ class Trainer:
         self.terms = TermMeter()
         device = processes.device
         with blame(experiment, "train", "amp"):
-            self.precision = Precision(self.config.get("amp"), device)
+            self.precision = Precision(self.config.get("amp"), device, self.config.get("teacher_amp"))
         self._use_channels_last(teacher, student)
         skips_allowed = int(self.config.get("skip_nonfinite") or 0)
         decay = (self.config.get("ema") or {}).get("decay")

@@ -65,7 +65,8 @@ def open_cache(experiment: Experiment, box: "EngineBox", teacher: nn.Module, pro
         folder, dtype = Path(config["folder"]), config.get("dtype", "bfloat16")
         dataset: Any = box.train_data_loader.dataset
         described = {name: section.get(name) for name in ("key", "repo_or_dir", "args", "kwargs")}
-        precision = f"{(train.get('amp') or {}).get('dtype', 'float32')}, {bool(train.get('channels_last'))}"
+        amp = (train.get("teacher_amp") or train.get("amp") or {}).get("dtype", "float32")
+        precision = f"{amp}, {bool(train.get('channels_last'))}"
         views = dataset.views
         own = identity(teacher, described, precision, dataset, views.count, views.seed, dtype)
         processes.share_result(lambda: sign(folder, own))

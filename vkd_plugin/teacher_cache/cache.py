@@ -1,6 +1,6 @@
 """The teacher's outputs, computed once for each view of a sample."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ IODict = dict[str, dict[str, Any]]
 Indices = NDArray[np.int64]
 _ROUNDING = 0.02
 """Relative, of a row: some roundings of bfloat16, 2^-8 each."""
+_ATTEMPTS = 3
+"""At writing a batch's rows: a run beside this one may be about to write the same."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -60,21 +62,29 @@ class TeacherCache:
             compute: the teacher's forward pass for some of the batch's samples, which are given by their places.
 
         Raises:
-            UserError: the teacher's outputs cannot be kept: no tensors, or not so many rows for each sample.
+            UserError: the teacher's outputs cannot be kept: no tensors, not so many rows for each sample, or not a
+                function of the sample alone.
         """
+        first = not self._outputs
         indices, views = supplement[SAMPLE].numpy(), supplement[VIEW].numpy()
         kept, there = self._read(indices, views)
         self.found, self.computed = self.found + int(there.sum()), self.computed + int((~there).sum())
         if not there.all():
             (missing,) = np.nonzero(~there)
             values = compute(torch.from_numpy(missing))
-            try:
-                self._keep(values, indices[missing], views[missing])
-            except OSError as error:
-                raise UserError(f"teacher_cache: {error.filename or self.folder}: {error.strerror}") from error
-            kept, there = self._read(indices, views)
-            if not there.all():
+            for _ in range(_ATTEMPTS):
+                try:
+                    self._keep(values, indices[missing], views[missing])
+                except OSError as error:
+                    raise UserError(f"teacher_cache: {error.filename or self.folder}: {error.strerror}") from error
+                kept, there = self._read(indices, views)
+                if there.all():
+                    break
+            else:
                 raise UserError(f"'{self.folder}': rows are not what has just been written to them; is the disk full?")
+            if first:
+                some = missing[::2]
+                self._prove(compute(torch.from_numpy(some)), indices[some], views[some])
         io_dict = _io_dict({feature: _to(device, value) for feature, value in kept.items()}, self.features)
         return io_dict["."].get("output"), io_dict
 
@@ -89,32 +99,60 @@ class TeacherCache:
 
         That one says the shapes, and proves what was kept before.
         """
-        kept, there = {}, np.full(len(indices), bool(self._outputs))
+        kept, there = {}, np.full(len(indices), bool(self._outputs) or self.features == [])
         for feature, output in self._outputs.items():
             kept[feature], whole = output.read(indices, views)
             there &= whole
         return kept, there
 
     def _keep(self, io_dict: IODict, indices: Indices, views: Indices) -> None:
-        for feature in self.features if self.features is not None else _everything(io_dict):
-            value = feature.read(io_dict)
-            if not isinstance(value, Tensor) or value.ndim < 1 or len(value) % len(indices):
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise UserError(
-                    "teacher_cache keeps tensors with as many rows for each of a batch's samples, and the "
-                    f"{feature.io} of module '{feature.module}' of the teacher is {shape} for {len(indices)} samples"
-                )
+        """Writes what is not there yet, and compares the rest to what is."""
+        for feature, value in self._values(io_dict, len(indices)):
             output = self._outputs.get(feature)
             if output is None:
                 folder = self.folder / _name(feature)
                 output = self._outputs[feature] = _Output(folder, self.samples, value, len(indices), self.dtype)
+            if not output.fits(value, len(indices)):
+                raise UserError(
+                    f"teacher_cache keeps outputs of one shape, and the {_where(feature)} is {tuple(value.shape)} for "
+                    f"{len(indices)} samples, where each had {output.rows_each} x {tuple(output.shape)} before"
+                )
             before, whole = output.read(indices, views)
             if not _alike(before, value, torch.from_numpy(whole.repeat(output.rows_each))):
                 raise UserError(
-                    f"'{self.folder}': the {feature.io} of module '{feature.module}' of the teacher is not what was "
-                    "kept for the same samples: images, libraries or code have changed; delete the folder"
+                    f"'{self.folder}': the {_where(feature)} is not what was kept for the same samples: images, "
+                    "libraries or code have changed; delete the folder"
                 )
             output.write(value, indices, views, ~whole)
+
+    def _prove(self, io_dict: IODict, indices: Indices, views: Indices) -> None:
+        """Compares what the teacher says of some samples on their own to what it said of them among others."""
+        for feature, value in self._values(io_dict, len(indices)):
+            output = self._outputs[feature]
+            kept, _ = output.read(indices, views)
+            if not kept.isfinite().all():
+                raise UserError(f"teacher_cache: the {_where(feature)} is not finite as {output.kept}")
+            everywhere = torch.ones(len(kept), dtype=torch.bool)
+            if not output.fits(value, len(indices)) or not _alike(kept, value, everywhere):
+                raise UserError(
+                    f"teacher_cache: the {_where(feature)} is another in another batch, so it cannot be kept"
+                )
+
+    def _values(self, io_dict: IODict, samples: int) -> Iterator[tuple[Feature, Tensor]]:
+        """What is to be kept of a forward pass of so many samples.
+
+        Raises:
+            UserError: it is no tensor, or has not as many rows for each sample.
+        """
+        for feature in self.features if self.features is not None else _everything(io_dict):
+            value: Any = io_dict[feature.module][feature.io] if self.features is None else feature.read(io_dict)
+            if not isinstance(value, Tensor) or not value.ndim or not len(value) or len(value) % samples:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise UserError(
+                    "teacher_cache keeps tensors with as many rows for each of a batch's samples, and the "
+                    f"{_where(feature)} is {shape} for {samples} samples"
+                )
+            yield feature, value
 
 
 class _Output:
@@ -144,6 +182,10 @@ class _Output:
             found[own], whole[own] = self.rows.read(view, indices[own])
         value = torch.from_numpy(found).view(self.kept)
         return value.reshape(len(indices) * self.rows_each, *self.shape).to(self.returned), whole
+
+    def fits(self, value: Tensor, samples: int) -> bool:
+        """Whether a value of so many samples has the shape of the first."""
+        return len(value) == samples * self.rows_each and value.shape[1:] == self.shape
 
     def write(self, value: Tensor, indices: Indices, views: Indices, which: NDArray[np.bool_]) -> None:
         """Keeps the values of those samples that ``which`` chooses."""
@@ -185,10 +227,16 @@ def _io_dict(kept: Mapping[Feature, Tensor], features: list[Feature] | None) -> 
     return io_dict
 
 
+def _where(feature: Feature) -> str:
+    return f"{feature.io} of module '{feature.module}' of the teacher"
+
+
 def _name(feature: Feature) -> str:
     module = "outputs" if feature.module == "." else feature.module
-    parts = [module, feature.io, feature.readout, feature.num_prefix_tokens, feature.index]
-    return "-".join(str(part) for part in parts if part is not None)
+    parts = [module, feature.io, feature.readout]
+    parts += [] if feature.num_prefix_tokens is None else [f"without{feature.num_prefix_tokens}"]
+    parts += [] if feature.index is None else [f"part{feature.index}"]
+    return "-".join(parts)
 
 
 def _alike(kept: Tensor, value: Tensor, where: Tensor) -> bool:

@@ -84,14 +84,14 @@ def sign(folder: Path, own: Mapping[str, Any]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps(own, indent=1) + "\n")
             return
-        text = file.read_text()
+        data = file.read_bytes()
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from error
     try:
-        found = json.loads(text)
-    except ValueError:
+        found = dict(json.loads(data))
+    except (ValueError, TypeError):
         raise BadValue(f"{file} is damaged; {other}", str(folder)) from None
-    differing = [name for name in own if not isinstance(found, dict) or found.get(name) != own[name]]
+    differing = [name for name in own if found.get(name) != own[name]]
     if differing:
         why = "; ".join(WHAT[name] for name in differing)
         raise BadValue(f"'{folder}' is the cache of something else: {why}; {other}", str(folder))

@@ -54,6 +54,7 @@ class Row:
         columns: the table's, with the row's own metrics where it has some.
         config: the experiment file; None where only published figures are shown.
         overrides: ``a.b.c=value`` each.
+        has_teacher: whether the experiment has one.
         saved: the key under ``models`` of a student that the experiment saves at a ``dst_ckpt``, else None.
         where: ``FILE:LINE:COLUMN`` of the row.
         set_at: the same for each of ``overrides``.
@@ -66,6 +67,7 @@ class Row:
     seeds: tuple[int, ...] = ()
     published: Published | None = None
     note: str | None = None
+    has_teacher: bool = False
     saved: str | None = None
     where: str = ""
     set_at: tuple[str, ...] = ()
@@ -113,15 +115,16 @@ class Run:
     @property
     def _leaves_teacher_out(self) -> bool:
         """Whether no column asks how good the teacher is: every run would measure the same again."""
-        return self.row.saved == "student_model" and not any("teacher" in c.metric for c in self.row.columns)
+        return self.row.has_teacher and not any("teacher" in c.metric for c in self.row.columns)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table, and where its runs live: ``runs/tables/<file stem>/<row>/seed<N>``.
+    """A table, and where its runs live: ``<home>/<file stem>/<row>/seed<N>``.
 
     Attributes:
         paired_with: name of the row that the others are compared with, seed by seed.
+        home: of the runs of all tables.
     """
 
     path: Path
@@ -130,12 +133,13 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     paired_with: str | None = None
+    home: Path = Path("runs", "tables")
 
     def runs(self, row: Row) -> list[Run]:
         """The row's, one for each seed; none where it has no experiment."""
         if row.config is None:
             return []
-        folder = Path("runs", "tables", self.path.stem, row.slug)
+        folder = self.home / self.path.stem / row.slug
         return [Run(row, seed, folder / f"seed{seed}", row.config) for seed in row.seeds]
 
     def all_runs(self) -> Iterator[Run]:

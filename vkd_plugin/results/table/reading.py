@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +24,12 @@ _ROW_KEYS = ("name", "config", "set", "seeds", "metric", "published", "note")
 _PUBLISHED_KEYS = ("value", "source", "verified")
 
 
-def load_table(path: str | Path) -> Table:
+def load_table(path: str | Path, home: str | Path | None = None) -> Table:
     """Reads a table file. Of its experiments only the models' sections are looked at.
+
+    Args:
+        path: the file.
+        home: folder of the runs of all tables; None for ``runs/tables``.
 
     Raises:
         ConfigErrors: all that is wrong, each with file, line and column.
@@ -34,7 +39,8 @@ def load_table(path: str | Path) -> Table:
     node = compose(_contents(path), str(path))
     if node is None:
         raise UserError(f"{path}: the file is empty")
-    return _Reader().table(path, node)
+    table = _Reader().table(path, node)
+    return table if home is None else replace(table, home=Path(home))
 
 
 def _contents(path: Path) -> str:
@@ -61,7 +67,7 @@ class _Reader:
 
     def __init__(self) -> None:
         self.problems = Problems()
-        self.saved_student = cache(_saved_student)  # many rows, few experiments
+        self.models = cache(_models)  # many rows, few experiments
 
     def table(self, path: Path, node: yaml.Node) -> Table:
         keys, _ = self.keys(node, "a table", _TABLE_KEYS, ("title", "metric", "rows"))
@@ -98,6 +104,8 @@ class _Reader:
                     self.add(f"'{key}' means nothing in a row without 'config'", keys[key])
         config = self.get(keys, "config", _experiment)
         overrides = self.get(keys, "set", values.overrides) or []
+        models = self.models(config) if config else {}
+        student = "student_model" if "student_model" in models else "model"
         return Row(
             name=self.get(keys, "name", lambda value: values.text(value, "'name'")) or "",
             columns=self.get(keys, "metric", lambda value: _own_columns(value, columns)) or columns,
@@ -106,7 +114,8 @@ class _Reader:
             seeds=self.get(keys, "seeds", values.seeds) or seeds,
             published=self.get(keys, "published", lambda value: self.published(value, columns)),
             note=self.get(keys, "note", lambda value: values.text(value, "'note'")),
-            saved=self.saved_student(config) if config else None,
+            has_teacher="teacher_model" in models,
+            saved=student if models.get(student) else None,
             where=where,
             set_at=tuple(where for _, where in overrides),
         )
@@ -229,20 +238,22 @@ def _experiment(node: yaml.Node) -> str:
     return name
 
 
-def _saved_student(config: str) -> str | None:
-    """The key under ``models`` of the student, if the experiment saves it at a ``dst_ckpt``.
+def _models(config: str) -> dict[str, bool]:
+    """The models of an experiment: key -> whether it is saved, at a ``dst_ckpt``.
 
     What is wrong with the experiment is not said here, but before it is to be run.
     """
+    found = {}
     try:
         models = _at(read(config), "models")
-        for key in ("student_model", "model"):
-            if (section := _at(models, key)) is not None:
+        for key in ("teacher_model", "student_model", "model"):
+            section = _at(models, key)
+            if section is not None and section.tag != NULL_TAG:
                 target = _at(section, "dst_ckpt")
-                return None if target is None or target.tag == NULL_TAG else key
+                found[key] = target is not None and target.tag != NULL_TAG
     except (ConfigErrors, yaml.YAMLError):
         pass
-    return None
+    return found
 
 
 def _at(node: yaml.Node | None, key: str) -> yaml.Node | None:

@@ -24,8 +24,8 @@ from vkd_plugin.random_state import generators_state, restore_generators
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(
-    path for path in (ROOT / "configs").rglob("*.yaml") if not {"tables", "coco2017"} & set(path.parts)
-)  # those of COCO need weights from files, see test_coco_configs.py
+    path for path in (ROOT / "configs").rglob("*.yaml") if not {"tables", "coco2017", "coco_shapes"} & set(path.parts)
+)  # those of detectors need weights from files: see test_coco_configs.py and test_coco_shapes_experiment.py
 VKD = ROOT / "configs" / "digits" / "vkd" / "vit_from_cnn.yaml"
 IMAGENET = Path(__file__).parent / "data" / "check" / "imagenet.yaml"
 

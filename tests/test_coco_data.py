@@ -94,6 +94,17 @@ def test_the_same_bytes_for_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture
     assert lines[1] == "error: no items 'digit' (did you mean 'digits'?)"
 
 
+def test_items_of_few_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make_shapes([str(tmp_path / "few"), "--train", "12", "--val", "8", "--size", "48", "--classes", "2"]) == 0
+    for split in ("train", "val"):
+        content = described(tmp_path / "few", split)
+        assert content["categories"] == [{"id": 1, "name": "0"}, {"id": 2, "name": "1"}]
+        assert {annotation["category_id"] for annotation in content["annotations"]} == {1, 2}
+    capsys.readouterr()
+    assert make_shapes([str(tmp_path / "none"), "--classes", "11"]) == 2
+    assert capsys.readouterr().err == "error: classes must be from 1 to 10, got 11\n"
+
+
 # Items.
 
 

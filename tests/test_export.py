@@ -331,7 +331,7 @@ def test_other_logits(runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         return model
 
     monkeypatch.setattr(export, "loaded", changed)
-    assert "is another model (its logits differ by" in _refused(capfd, runs / "digits")
+    assert "is another model (its outputs differ by" in _refused(capfd, runs / "digits")
 
 
 def test_a_full_disk(runs: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

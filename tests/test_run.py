@@ -433,7 +433,8 @@ def test_shipped_configs_load_with_torchdistills_own_loader(tmp_path: Path, monk
 
     monkeypatch.setenv("HOME", str(tmp_path))
     write_tree(tmp_path / "datasets" / "ilsvrc2012", classes=1000, train=1, val=1)
-    coco_shapes.write_tree(tmp_path / "datasets" / "coco2017", train=2, val=2, size=64)
+    for name in ("coco2017", "coco_shapes"):
+        coco_shapes.write_tree(tmp_path / "datasets" / name, train=2, val=2, size=64)
     for file in sorted(Path("configs").rglob("*.yaml")):
         if "tables" not in file.parts:
             config = load_yaml_file(str(file))

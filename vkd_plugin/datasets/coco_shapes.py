@@ -35,6 +35,7 @@ def write_tree(
     val: int = 50,
     size: int = 128,
     objects: int = 5,
+    classes: int = 10,
     items: str = "digits",
     root: str | None = None,
     seed: int = 0,
@@ -46,17 +47,20 @@ def write_tree(
         train, val: images of each split.
         size: longest side of the images, pixels.
         objects: most items of an image; there is at least one, but for the image without any.
+        classes: of how many classes the items are, the first of the ten.
         items: ``'digits'`` or ``'fashion_mnist'``.
         root: where Fashion-MNIST lies, see :class:`~vkd_plugin.datasets.FashionMNIST`.
         seed: of all that is random.
 
     Raises:
         UserError: ``folder`` holds something, or cannot be written; Fashion-MNIST is not here.
-        ValueError: other ``items``, or sizes too small to hold one.
+        ValueError: other ``items``, sizes too small to hold one, or more ``classes``.
     """
     if size < 32:
         raise ValueError(f"size must be at least 32, got {size}")
-    splits = _items(items, root)
+    if not 1 <= classes <= len(CATEGORY_IDS):
+        raise ValueError(f"classes must be from 1 to {len(CATEGORY_IDS)}, got {classes}")
+    splits = {split: _FirstClasses(source, classes) for split, source in _items(items, root).items()}
     with new_folder(folder):
         (folder / "annotations").mkdir()
         first_id = 1
@@ -72,6 +76,21 @@ def _items(items: str, root: str | None) -> dict[str, Any]:
     if items == "digits":
         return {"train": Digits(split="train"), "val": Digits(split="test")}
     return {split: FashionMNIST(root, split=split) for split in ("train", "val")}
+
+
+class _FirstClasses:
+    """Of a data set the items of its first classes."""
+
+    def __init__(self, source: Any, classes: int) -> None:
+        self.classes = source.classes[:classes]
+        self._source = source
+        self._indices = [index for index, label in enumerate(source.targets) if label < classes]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._source[self._indices[index]]
 
 
 def _write_split(
@@ -95,7 +114,7 @@ def _write_split(
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         for annotation in canvas.annotations:
             annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
-    names = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, source.classes, strict=True)]
+    names = [{"id": i, "name": name} for i, name in zip(CATEGORY_IDS, source.classes, strict=False)]
     return {"images": images, "annotations": annotations, "categories": names}
 
 
@@ -185,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("val", 50, "validation images"),
         ("size", 128, "longest side of the images, pixels"),
         ("objects", 5, "most items of an image"),
+        ("classes", 10, "classes of the items, the first of the ten"),
     )
     about = "Write a small data set in the layout of COCO 2017, its boxes known exactly."
     arguments = parser("coco_shapes", about, numbers, "all that is random")

@@ -8,14 +8,13 @@ from typing import Any
 from ..engine.build import model_sections, stage_sections
 from ..engine.checkpoint import BEST
 from ..engine.records import versions
+from ..models.detector_labels import labels_of
 from ..results.runs import as_mapping, is_number
-from ..tasks.classification import Classification
+from .kind import DETECTOR, Kind, kind_of
 from .layout import CONFIG, WEIGHTS, Layout
 from .onnx_file import NAME, OnnxFacts
 from .preprocessing import Preprocessing
 from .trained import Trained, model_config
-
-_FIGURES = ("top1", "top5", "loss")
 
 
 def card(trained: Trained, described: Layout, seen: Preprocessing, onnx: OnnxFacts | None) -> str:
@@ -23,7 +22,7 @@ def card(trained: Trained, described: Layout, seen: Preprocessing, onnx: OnnxFac
     parts = [
         _front_matter(trained, described),
         _head(trained, described),
-        _loading(described, seen),
+        _loading(trained, described, seen),
         _training(trained),
         _figures(trained),
         *([_onnx(onnx)] if onnx else []),
@@ -34,26 +33,39 @@ def card(trained: Trained, described: Layout, seen: Preprocessing, onnx: OnnxFac
 
 def _front_matter(trained: Trained, described: Layout) -> str:
     teacher, _ = model_sections(trained.experiment)
-    tags = ["image-classification", *(["knowledge-distillation"] if teacher else [])]
-    lines = [*(["library_name: timm"] if described.is_timm else []), "pipeline_tag: image-classification"]
+    does = kind_of(trained.experiment).tag
+    tags = [does, *(["knowledge-distillation"] if teacher else [])]
+    lines = [*(["library_name: timm"] if described.is_timm else []), f"pipeline_tag: {does}"]
     return "\n".join(["---", *lines, "tags:", *(f"- {tag}" for tag in tags), "---"])
 
 
 def _head(trained: Trained, described: Layout) -> str:
     count = sum(p.numel() for p in trained.model.parameters())
-    classes = described.config["num_classes"]
     made = "Distilled" if model_sections(trained.experiment)[0] else "Trained without a teacher"
     weights = f"`{WEIGHTS}` holds the weights of checkpoint `{trained.checkpoint.name}`"
     if trained.is_average:
         weights += ", the exponential moving average of the student"
+    noun, classes = kind_of(trained.experiment).noun, _classes(trained, described)
     return f"""# {described.name}
 
-An image classifier of {classes} classes with {count:,} parameters. {made} with torchdistill and vkd_plugin.
+An {noun} of {classes} with {count:,} parameters. {made} with torchdistill and vkd_plugin.
 {weights}."""
 
 
-def _loading(described: Layout, seen: Preprocessing) -> str:
+def _classes(trained: Trained, described: Layout) -> str:
+    if kind_of(trained.experiment) is not DETECTOR:
+        return f"{described.config['num_classes']} classes"
+    known = labels_of(trained.model)
+    return f"the labels {known.start} to {known.stop - 1}" if known else "labels that it does not tell"
+
+
+def _loading(trained: Trained, described: Layout, seen: Preprocessing) -> str:
     about = f"## Load it\n\nIn this folder:\n\n```python\n{described.code}\n```"
+    if kind_of(trained.experiment) is DETECTOR:
+        about += (
+            "\n\n`model(images)`, of a list of tensors (3, height, width), gives for each `boxes` (left, top, right,\n"
+            "bottom in its pixels), `labels` and `scores`."
+        )
     if seen.written is None:
         return f"{about}\n\nHow images were prepared cannot be told from the run."
     about += f"\n\nImages were prepared for evaluation with\n\n```text\n{seen.written}\n```"
@@ -115,31 +127,33 @@ def _term(name: str, term: Mapping[str, Any]) -> str:
 
 
 def _figures(trained: Trained) -> str:
-    rows = list(_rows(trained))
+    kind = kind_of(trained.experiment)
+    rows = list(_rows(trained, kind))
     if not rows:
         return "## How good it is\n\nThe run holds no figures of these weights."
-    lines = ["| split | data set | " + " | ".join(_FIGURES) + " |", "| --- | --- |" + " --- |" * len(_FIGURES)]
+    names = kind.figures
+    lines = ["| split | data set | " + " | ".join(names) + " |", "| --- | --- |" + " --- |" * len(names)]
     for split, dataset, values in rows:
-        cells = [f"{values[name]:.4g}" if is_number(values.get(name)) else "" for name in _FIGURES]
+        cells = [f"{values[name]:.4g}" if is_number(values.get(name)) else "" for name in names]
         lines.append(f"| {split} | `{dataset}` | {' | '.join(cells)} |")
-    note = "top1 and top5 in percent; loss is the cross-entropy."
+    note = kind.about_figures
     if trained.checkpoint.name == BEST and rows[0][0] == "validation":
-        note += f" Of all epochs this one was chosen by {Classification.metric} in validation"
+        note += f" Of all epochs this one was chosen by {kind.metric} in validation"
         note += ", on the data that it was tested on." if len({dataset for _, dataset, _ in rows}) < len(rows) else "."
     return "## How good it is\n\n" + "\n".join(lines) + f"\n\n{note}"
 
 
-def _rows(trained: Trained) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def _rows(trained: Trained, kind: Kind) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Figures that were measured with exactly these weights."""
     data, record = trained.experiment.data, trained.record
     prefix = "val_ema/" if trained.is_average else "val/"
-    validation = {name: record[prefix + name] for name in _FIGURES if prefix + name in record}
+    validation = {name: record[prefix + name] for name in kind.figures if prefix + name in record}
     if validation:
         loader = as_mapping(stage_sections(data["train"])[-1].get("val_data_loader"))
         yield "validation", str(loader.get("dataset_id", "")), validation
     # run.py tests the weights under "model" of best.pt: where validation chose by the EMA these are the EMA's.
     best = trained.run.summary.get("best")
-    by_average = f"val_ema/{Classification.metric}" in as_mapping(best)
+    by_average = f"val_ema/{kind.metric}" in as_mapping(best)
     tested = as_mapping(as_mapping(trained.run.summary.get("test")).get("student"))
     if tested and trained.checkpoint.name == BEST and record and record == best and by_average == trained.is_average:
         yield "test", str(data["test"]["test_data_loader"]["dataset_id"]), tested

@@ -10,13 +10,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.detector_labels import labels_of
 from ..models.weights import first_line
-from ..tasks.classification import logits
 from .card import card
 from .folder import check_target, whole_folder
+from .kind import DETECTOR, kind_of
 from .layout import CARD, CONFIG, WEIGHTS, Layout, layout, loaded
 from .onnx_file import NAME, OnnxFacts, require_packages, write_onnx
 from .preprocessing import Preprocessing, preprocessing
+from .probe import Probe, layers_of, logits_of
 from .trained import Trained, trained_student
 
 _TOLERANCE = 1e-6
@@ -58,15 +60,18 @@ def export_run(
     target = Path(os.path.expanduser(to))
     check_target(target)
     trained = trained_student(run, checkpoint, ema, trust)
+    is_detector = kind_of(trained.experiment) is DETECTOR
+    if onnx and is_detector:
+        raise UserError("--onnx: is for classifiers; of detectors, whose outputs differ in number, leave it out")
     seen = preprocessing(trained.experiment)
-    shape = _input_shape(trained, seen)
-    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    outputs = _outputs(trained.model, images)
-    described = layout(trained, seen, outputs.shape[1])
+    shape = [] if is_detector else _input_shape(trained, seen)
+    probe = layers_of() if is_detector else logits_of(shape)
+    wanted = probe(trained.model)
+    described = layout(trained, seen, _detector_classes(trained.model) if is_detector else wanted.shape[1])
     with whole_folder(target) as folder:
         _write_weights(trained.model, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(described.config, indent=2) + "\n", "utf-8")
-        _prove(trained, described, folder, images, outputs)
+        _prove(trained, described, folder, probe, wanted)
         facts: OnnxFacts | None = None
         if onnx:
             facts = write_onnx(trained.model, shape, folder / NAME, opset)
@@ -75,7 +80,7 @@ def export_run(
 
 
 def _input_shape(trained: Trained, seen: Preprocessing) -> list[int]:
-    """(channels, height, width) of an input: of a sample, else what the architecture is made for."""
+    """(channels, height, width) of a classifier's input: of a sample, else what the architecture is made for."""
     own = getattr(trained.model, "pretrained_cfg", None) or {}
     shape = seen.told.get("input_size") or own.get("input_size")
     if shape is None:
@@ -83,13 +88,10 @@ def _input_shape(trained: Trained, seen: Preprocessing) -> list[int]:
     return list(shape)
 
 
-@torch.inference_mode()
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    try:
-        return logits(model(images))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        shape = tuple(images.shape[1:])
-        raise UserError(f"the student does not take its test images, {shape} each: {first_line(error)}") from error
+def _detector_classes(model: nn.Module) -> int | None:
+    """``num_classes``, the background included where the detector has one; None where it cannot be told."""
+    known = labels_of(model)
+    return None if known is None else known.stop
 
 
 def _write_weights(model: nn.Module, file: Path) -> None:
@@ -98,15 +100,16 @@ def _write_weights(model: nn.Module, file: Path) -> None:
     file.write_bytes(save(state, metadata={"format": "pt"}))  # save_file keeps others from reading it
 
 
-def _prove(trained: Trained, described: Layout, folder: Path, images: Tensor, outputs: Tensor) -> None:
-    """That who loads the folder gets the same logits."""
+def _prove(trained: Trained, described: Layout, folder: Path, probe: Probe, wanted: Tensor) -> None:
+    """That who loads the folder gets the same model."""
     try:
-        found = _outputs(loaded(trained, described, folder), images)
+        found = probe(loaded(trained, described, folder))
     except (RuntimeError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"what would be exported does not load: {first_line(error)}") from error
-    if not torch.allclose(found, outputs, rtol=_TOLERANCE, atol=_TOLERANCE):
-        difference = float((found - outputs).abs().max())
-        raise UserError(
-            f"what would be exported is another model (its logits differ by {difference:.1e}): {CONFIG} cannot say "
-            f"how {described.name} was built"
-        )
+    if found.shape == wanted.shape and torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE):
+        return
+    how = f"by {(found - wanted).abs().max():.1e}" if found.shape == wanted.shape else "in number"
+    raise UserError(
+        f"what would be exported is another model (its outputs differ {how}): {CONFIG} cannot say how "
+        f"{described.name} was built"
+    )

@@ -7,11 +7,11 @@ from typing import Any
 
 import timm
 import torchvision
+from safetensors.torch import load_file
 from torch import nn
 from torchdistill.models.registry import MODEL_DICT
 
 from ..engine.build import model_sections
-from ..models.weights import fit_weights, load_weights
 from .preprocessing import Preprocessing
 from .trained import Trained, model_config
 
@@ -39,13 +39,13 @@ class Layout:
     code: str
 
 
-def layout(trained: Trained, seen: Preprocessing, num_classes: int) -> Layout:
+def layout(trained: Trained, seen: Preprocessing, num_classes: int | None) -> Layout:
     """The layout for a trained student.
 
     Args:
         trained: see above.
         seen: how its images are prepared.
-        num_classes: of its output.
+        num_classes: of its output; None where it cannot be told.
 
     Raises:
         UserError: an argument of the model that JSON cannot hold.
@@ -76,7 +76,9 @@ def layout(trained: Trained, seen: Preprocessing, num_classes: int) -> Layout:
 def _of_registry(trained: Trained, arguments: dict[str, Any], pretrained: dict[str, Any]) -> Layout:
     section = model_config(trained.experiment)
     key, where = str(section["key"]), section.get("repo_or_dir")
-    is_torchvision = key in vars(torchvision.models)  # which run.py, as torchdistill, asks first
+    # Which run.py, as torchdistill, asks first.
+    home = next((m for m in (torchvision.models, torchvision.models.detection) if key in vars(m)), None)
+    is_torchvision = home is not None
     config = {
         "library": "torchvision" if is_torchvision else "torchdistill",
         "key": key,
@@ -85,9 +87,9 @@ def _of_registry(trained: Trained, arguments: dict[str, Any], pretrained: dict[s
         "num_classes": pretrained["num_classes"],
         "pretrained_cfg": pretrained,
     }
-    if is_torchvision:
+    if home is not None:
         imports = ["import torchvision", "from safetensors.torch import load_file"]
-        build = 'getattr(torchvision.models, config["key"])(**config["kwargs"])'
+        build = f'getattr({home.__name__}, config["key"])(**config["kwargs"])'
     else:
         imports = [] if where else [_import(MODEL_DICT[key].__module__)]
         imports += ["from safetensors.torch import load_file", "from torchdistill.models.registry import get_model"]
@@ -110,7 +112,7 @@ def loaded(trained: Trained, found: Layout, folder: Path) -> nn.Module:
     if found.is_timm:
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     model = trained.rebuilt()
-    fit_weights(model, load_weights(folder / WEIGHTS), folder / WEIGHTS)
+    model.load_state_dict(load_file(folder / WEIGHTS))  # as in the card's lines
     return model
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from ..config import Experiment
+from .kind import DETECTOR, kind_of
 
 _TO_TENSOR = {"ToTensor", "ToImage", "PILToTensor", "ConvertImageDtype", "ToDtype", "MaybeToTensor"}
 
@@ -30,16 +31,19 @@ class Preprocessing:
 
 
 def preprocessing(experiment: Experiment) -> Preprocessing:
-    """That of the test section's data set."""
+    """That of the test section's data set; a detector's images have no size of their own, and are not cropped."""
     dataset = experiment.data["datasets"].get(experiment.data["test"]["test_data_loader"]["dataset_id"])
     shape = _sample_shape(dataset)
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
-    transform = getattr(dataset, "transform", None)
+    transform = getattr(dataset, "transform", None) or getattr(dataset, "transforms", None)
     found = Preprocessing()
     if transform is not None:
         found.written = str(transform)
         _read(transform, found)
+    if kind_of(experiment) is DETECTOR:
+        shape = None
+        found.told = {name: value for name, value in found.told.items() if not name.startswith("crop")}
     if shape is not None:
         found.told = {"input_size": shape, **found.told}
         if found.written and not found.untold and "mean" not in found.told:  # nothing but numbers from 0 to 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 import yaml
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ from ..results.runs import Run, read_runs
 from ..seal import broken, damage
 from ..suggest import nearest
 
-_FIRST_WEIGHTS = ("checkpoint", "pretrained", "weights", "new_classifier")
+_FILES = ("checkpoint", "backbone_checkpoint")
+_FIRST_WEIGHTS = (*_FILES, "pretrained", "weights", "weights_backbone", "new_classifier")
 """Arguments of models that say what weights training begins with."""
 
 
@@ -84,10 +86,13 @@ def trained_student(folder: str, checkpoint: str, average: bool, trust: Sequence
     config = model_config(experiment)
     kwargs = config.get("kwargs") or {}
     # Some models of torchvision are others with pretrained weights (Inception changes its input), and stay so here.
-    model = _built(experiment, _without(kwargs, _FIRST_WEIGHTS if config["key"] == "timm_model" else ("checkpoint",)))
+    model = _built(experiment, _without(kwargs, _FIRST_WEIGHTS if config["key"] == "timm_model" else _FILES))
     fit_weights(model, weights, file)
     epoch, step = (state.get(name) if is_own else None for name in ("epoch", "step"))
     bare = _without(kwargs, _FIRST_WEIGHTS)
+    if config["key"] in vars(torchvision.models.detection):  # which begin with ImageNet's unless they are told not to
+        bare = {**bare, "weights_backbone": None}
+        bare.pop("trainable_backbone_layers", None)  # of those
     return Trained(run, experiment, file, epoch, step, is_average, began_with, bare, model)
 
 

@@ -7,6 +7,7 @@ from .deit import (
 )
 from .fpn_detectors import fasterrcnn_resnet18_fpn, retinanet_resnet18_fpn
 from .small import digits_cnn, digits_vit, fashion_cnn, fashion_vit
+from .small_detector import shapes_fcos
 from .timm_bridge import timm_model
 from .vidt import vidt_swin_base, vidt_swin_nano, vidt_swin_small, vidt_swin_tiny
 from .weights import fit_weights, load_weights
@@ -23,6 +24,7 @@ __all__ = [
     "fit_weights",
     "load_weights",
     "retinanet_resnet18_fpn",
+    "shapes_fcos",
     "timm_model",
     "vidt_swin_base",
     "vidt_swin_nano",

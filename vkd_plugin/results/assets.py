@@ -21,6 +21,7 @@ code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; ov
 .runs label { cursor: pointer; overflow-wrap: anywhere; }
 .dot { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin: 0 4px 0 2px; }
 .grid + .grid { margin-top: 14px; }
+.picture { max-width: 100%; display: block; }
 .classes { font-size: 13px; display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 4px 0 10px; }
 .scroll { overflow-x: auto; width: fit-content; max-width: 100%;
           background: white; border: 1px solid var(--line); border-radius: 6px; }

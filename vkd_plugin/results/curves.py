@@ -31,7 +31,7 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def curves(runs: Sequence[Run], key: str) -> tuple[Chart, str]:
-    """The chart of ``key`` by epoch, and where the figure was not finite."""
+    """The chart of ``key`` by epoch, and where the figure was no number."""
     traces: list[dict[str, Any]] = []
     caption: list[str] = []
     for index, run in enumerate(runs):
@@ -42,7 +42,7 @@ def curves(runs: Sequence[Run], key: str) -> tuple[Chart, str]:
         values = [record[key] if is_number(record[key]) else None for record in records]
         bad = [str(epoch) for epoch, value in zip(epochs, values, strict=True) if value is None]
         if bad:
-            caption.append(f"{run.name}: not finite in epoch {', '.join(bad[:8])}{', ...' if len(bad) > 8 else ''}")
+            caption.append(f"{run.name}: {absence(key)} in epoch {', '.join(bad[:8])}{', ...' if len(bad) > 8 else ''}")
         traces.append(
             {
                 "type": "scatter",
@@ -59,6 +59,12 @@ def curves(runs: Sequence[Run], key: str) -> tuple[Chart, str]:
     x: dict[str, Any] = {"dtick": 1} if longest <= 10 else {"tickformat": "d"}
     y: dict[str, Any] = {"type": "log", "exponentformat": "power"} if _group(key) == "Orthogonality error" else {}
     return {"data": traces, "layout": layout("epoch", xaxis=x, yaxis=y)}, "; ".join(caption)
+
+
+def absence(key: str) -> str:
+    """Why a record has no number for a key."""
+    # Average precision of boxes is a number wherever there is an object; models that are not finite end the run.
+    return "no object of this size" if key.rpartition("/")[2].startswith("AP_") else "not finite"
 
 
 def _group(key: str) -> str:

@@ -63,6 +63,8 @@ def figures(runs: Sequence[Run], device: str, trusted: list[str]) -> list[str]:
     for index, run in enumerate(runs):
         console.print(f"figures of {run.name}", markup=False)
         found.append(_look(index, run, device, trusted))
+    if all(run.is_detection for run in runs):
+        return [_models(found)]
     return [
         _models(found),
         _embeddings(found),
@@ -73,6 +75,9 @@ def figures(runs: Sequence[Run], device: str, trusted: list[str]) -> list[str]:
 
 def _look(index: int, run: Run, device: str, trusted: list[str]) -> Seen:
     seen = Seen(index, run)
+    if run.is_detection:
+        seen.problems["all"] = _DETECTOR
+        return seen
     try:
         with opened(run, device, trusted) as models:
             samples = models.samples
@@ -86,6 +91,12 @@ def _look(index: int, run: Run, device: str, trusted: list[str]) -> Seen:
     except UserError as error:
         seen.problems["all"] = str(error).splitlines()[0]
     return seen
+
+
+_DETECTOR = (
+    "a detector: features by class, loss landscape and fitted projectors are those of classifiers. A row of its "
+    "features has no class, and it gives losses in training alone."
+)
 
 
 def _tried(seen: Seen, figure: str, compute: Callable[[], T]) -> T | None:

@@ -122,6 +122,12 @@ def heading(text: str) -> str:
     return f"<h3>{escape(text)}</h3>"
 
 
+def picture(png: bytes, about: str) -> str:
+    """A picture, as wide as the page has room for; ``about`` is for those who cannot see it."""
+    data = base64.b64encode(png).decode()
+    return f'<img class="picture" src="data:image/png;base64,{data}" alt="{escape(about)}">'
+
+
 def key(names: Iterable[str], colours: Sequence[str]) -> str:
     """What the colours of a chart mean, where they are not the runs'."""
     items = (f"<span>{_dot(colours[i % len(colours)])}{escape(name)}</span>" for i, name in enumerate(names))

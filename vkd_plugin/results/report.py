@@ -7,8 +7,9 @@ from typing import Any
 
 from ..engine.records import write_atomically
 from ..errors import UserError
-from .curves import GROUPS, curves, grouped
-from .page import MARK, card, grid, note, page, paragraph, plotly_script, section, table
+from ..tasks import Detection
+from .curves import GROUPS, absence, curves, grouped
+from .page import MARK, card, grid, heading, note, page, paragraph, picture, plotly_script, section, table
 from .runs import Run, as_mapping, differences, is_number, read_runs
 
 REPORT = "report.html"
@@ -34,7 +35,7 @@ def write_report(runs: list[str], output: str | None, with_figures: bool, device
     plotly_script()  # before minutes of figures
     found = read_runs(runs)
     target = _target(found, output)
-    sections = [_results(found), *_curves(found), _differences(found), _environment(found)]
+    sections = [_results(found), *_pictures(found), *_curves(found), _differences(found), _environment(found)]
     if with_figures:
         from .figures import figures  # here: a page without figures needs neither models nor scikit-learn
 
@@ -99,7 +100,7 @@ def _number(record: dict[str, Any], key: str) -> str | None:
         return None
     value = record[key]
     if value is None:
-        return "not finite"
+        return absence(key)
     if isinstance(value, float) and is_number(value):
         return f"{value:.5g}"
     return str(value)
@@ -107,6 +108,34 @@ def _number(record: dict[str, Any], key: str) -> str | None:
 
 def _names(runs: Sequence[Run]) -> list[str]:
     return [run.name for run in runs]
+
+
+def _pictures(runs: Sequence[Run]) -> Iterator[str]:
+    """What the tests of detectors have left, if pictures were asked for."""
+    files = {run.name: run.path / Detection.PICTURES for run in runs if run.is_detection}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    if not files:
+        return
+    about = (
+        "Each image twice: with its annotated objects (green, crowds blue), and with the detections of the best "
+        "epoch's student (orange, with their scores) over them."
+    )
+    parts = [paragraph(about)]
+    for name, file in files.items():
+        parts += [heading(name), _picture(name, file)]
+    yield section("Detections", *parts)
+
+
+_LARGEST_PICTURE = 20 * 2**20
+
+
+def _picture(name: str, file: Path) -> str:
+    try:
+        if file.stat().st_size > _LARGEST_PICTURE:
+            return note(f"{file} is too large for this page")
+        return picture(file.read_bytes(), f"detections of {name}")
+    except OSError as error:
+        return note(f"{file}: {error.strerror or error}")
 
 
 # How they went.

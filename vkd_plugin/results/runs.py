@@ -37,6 +37,7 @@ class Run:
         problem: why ``config`` cannot be read as an experiment, None if it can.
         epochs: how many there are to be, None if that is not known.
         projectors: ``{feature: 'OrthogonalProjector (matrix_exp)'}`` as configured, of the last stage that has any.
+        is_detection: whether it trains a detector.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Run:
     problem: str | None = None
     epochs: int | None = None
     projectors: dict[str, str] = field(default_factory=dict)
+    is_detection: bool = False
 
     def __post_init__(self) -> None:
         by_epoch = {record["epoch"]: record for record in read_metrics(self.path)}
@@ -97,6 +99,7 @@ class Run:
         except (OSError, ValueError) as error:
             self.problem = f"{file}: {error}"
             return
+        self.is_detection = _plain(_at(train, "task")) == "detection"
         stages = [_at(train, f"stage{number}") for number in range(1, 100)]
         sections: list[yaml.Node | None] = [stage for stage in stages if stage is not None] or [train]
         epochs = [_plain(_at(section, "num_epochs")) for section in sections]

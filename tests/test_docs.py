@@ -30,7 +30,7 @@ DOCUMENTS = ("README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs"
 BASE = (ROOT / "configs" / "digits" / "vkd" / "vit_from_cnn.yaml").read_text()
 
 SHORT = ["train.num_epochs=2", "datasets.digits/train.init.kwargs.fraction=0.1"]
-NOT_TESTED = {"for several nodes", "for a Slurm cluster"}
+NOT_TESTED = {"for several nodes", "for a Slurm cluster", "it takes minutes"}
 SETTING_UP = ("python3 -m venv", "pip install", "python -m pytest")
 EXAMPLES = "VKD_TORCHDISTILL_EXAMPLES"
 """Names the folder ``examples/torchvision`` of a checkout of torchdistill, whose script is run if it is there."""

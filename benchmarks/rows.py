@@ -3,8 +3,8 @@
     python -m benchmarks.rows [configs/tables/fashion_mnist_methods.yaml] [--steps 20] [--rounds 5] [--json FILE]
 
 Forward passes of teacher and student, losses, backward pass and optimizer, through the engine's box, on one batch that
-stays the same; without loading, validation and saving. Rows take turns in one process; printed are medians over the
-rounds. The data and the teacher's weights have to be here.
+stays the same; without loading, validation and saving, and with the teacher computed at each step. Rows take turns in
+one process; printed are medians over the rounds. The data and the teacher's weights have to be here.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from vkd_plugin.results.table.data import Row
 def stepper(row: Row, device: torch.device) -> Callable[[], None]:
     """A function that takes one step of the row's training, on the first batch."""
     assert row.config is not None
-    experiment = load_experiment(row.config, row.overrides)
+    experiment = load_experiment(row.config, (*row.overrides, "train.teacher_cache=null"))
     teacher, student = (
         build_model(experiment, section, device, False) if section else None for section in model_sections(experiment)
     )

@@ -574,7 +574,7 @@ def test_rows_that_are_whole_and_not_the_teachers(
         rows.write(0, np.arange(SAMPLES), np.roll(found, 1, axis=0))
     before = contents(tmp_path / "cache")
     line = refusal(capfd, filled.config, tmp_path / "run", cache(tmp_path / "cache"))
-    assert "is not what was kept for the same samples" in line
+    assert "images, libraries or code have changed" in line
     assert contents(tmp_path / "cache") == before
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import ConfigErrors, Experiment, load_experiment
 from ..config.construct import call
+from ..engine.build import check_validation
 from ..errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError
 from ..teacher_cache import views_of
 from . import standin
@@ -79,12 +80,13 @@ def prove(experiment: Experiment) -> list[str]:
 
 
 def _step(experiment: Experiment, facts: Facts) -> None:
-    """A dry step, and what none can show: whether the teacher's outputs may be kept."""
+    """A dry step, and what none can show: whether the teacher's outputs may be kept, and epochs not validated."""
     dry_run(experiment, facts)
-    try:
-        views_of(experiment)
-    except ConfigError as error:
-        facts.problems.append(error)
+    for rule in (views_of, check_validation):
+        try:
+            rule(experiment)
+        except ConfigError as error:
+            facts.problems.append(error)
 
 
 def _as_json(facts: Facts) -> dict[str, Any]:

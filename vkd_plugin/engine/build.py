@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchdistill.models.official import get_image_classification_model, get_object_detection_model
 from torchdistill.models.registry import get_model
 
@@ -79,6 +80,19 @@ def stage_sections(train_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not is_staged(train_config):
         return [train_config]
     return [section for name, section in train_config.items() if name.startswith("stage") and name[5:].isdigit()]
+
+
+def check_validation(experiment: Experiment) -> None:
+    """That each epoch is validated where a schedule follows the validation.
+
+    Raises:
+        ConfigError: it is not, because of ``validate_every``.
+    """
+    train: dict[str, Any] = experiment.data["train"]
+    keys = [(section.get("scheduler") or {}).get("key") for section in stage_sections(train)]
+    if (train.get("validate_every") or 1) > 1 and ReduceLROnPlateau.__name__ in keys:
+        why = "ReduceLROnPlateau needs each epoch's validation, and validate_every leaves some out"
+        raise experiment.error(why, "train", "validate_every")
 
 
 def for_processes(experiment: Experiment, world_size: int) -> dict[str, Any]:

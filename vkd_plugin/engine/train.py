@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ..config import Experiment
@@ -28,7 +27,7 @@ from ..teacher import state_digest
 from ..teacher_cache import open_cache, views_of
 from .board import Board
 from .box import EngineBox, build_box
-from .build import blame, for_processes
+from .build import blame, check_validation, for_processes
 from .ema import StudentEMA
 from .guard import weights_are_finite
 from .layout import lay_out_like_weights
@@ -110,6 +109,7 @@ class Trainer:
         decay = (self.config.get("ema") or {}).get("decay")
         with blame(experiment, "train", "ema"):  # before the student is in shards, which cannot be copied
             self.ema = StudentEMA(student, decay) if decay is not None else None
+        check_validation(experiment)
         views = views_of(experiment)
         with blame(experiment, "train"):
             self.box: EngineBox = build_box(
@@ -146,9 +146,6 @@ class Trainer:
         self.save_every_steps: int | None = checkpoint.get("every_steps")
         self.keep_every_epochs: int | None = checkpoint.get("keep")
         self.validate_every = int(self.config.get("validate_every") or 1)
-        if self.validate_every > 1 and isinstance(self.box.lr_scheduler, ReduceLROnPlateau):
-            why = "ReduceLROnPlateau needs each epoch's validation, and validate_every leaves some out"
-            raise experiment.error(why, "train", "validate_every")
         self.result = Result(parameters=self._count_parameters())
         text, digest = experiment.dump(), experiment.digest()  # once: slower than all the rest of a small checkpoint
         self._described = {"config": text, "config_digest": digest, "versions": versions()}

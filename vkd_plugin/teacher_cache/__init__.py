@@ -65,8 +65,11 @@ def open_cache(experiment: Experiment, box: "EngineBox", teacher: nn.Module, pro
         folder, dtype = Path(config["folder"]), config.get("dtype", "bfloat16")
         dataset: Any = box.train_data_loader.dataset
         described = {name: section.get(name) for name in ("key", "repo_or_dir", "args", "kwargs")}
-        amp = (train.get("teacher_amp") or train.get("amp") or {}).get("dtype", "float32")
-        precision = f"{amp}, {bool(train.get('channels_last'))}"
+        precision = ", ".join(f"{key} {train.get(key) or None}" for key in ("amp", "teacher_amp", "channels_last"))
+        if getattr(dataset, "on_error", None) == "skip":
+            raise ValueError(
+                "with on_error: 'skip' another image may stand in a sample's place, whose outputs it is not"
+            )
         views = dataset.views
         own = identity(teacher, described, precision, dataset, views.count, views.seed, dtype)
         processes.share_result(lambda: sign(folder, own))

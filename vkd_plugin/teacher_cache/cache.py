@@ -12,7 +12,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from torchdistill.losses.mid_level import SimpleLossWrapper
 
 from ..engine.randomness import SAMPLE, VIEW
-from ..errors import UserError
+from ..errors import BadValue, UserError
 from ..losses.feature_pair import Feature, FeaturePair, ReadOut
 from .rows import Rows
 
@@ -119,9 +119,10 @@ class TeacherCache:
                 )
             before, whole = output.read(indices, views)
             if not _alike(before, value, torch.from_numpy(whole.repeat(output.rows_each))):
-                raise UserError(
-                    f"'{self.folder}': the {_where(feature)} is not what was kept for the same samples: images, "
-                    "libraries or code have changed; delete the folder"
+                raise BadValue(
+                    f"the {_where(feature)} is not what '{self.folder}' has of the same samples: images, libraries or "
+                    "code have changed; delete the folder",
+                    str(self.folder),
                 )
             output.write(value, indices, views, ~whole)
 

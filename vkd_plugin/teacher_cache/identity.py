@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -12,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..engine.randomness import AddressedDataset
-from ..engine.records import write_atomically
 from ..errors import BadValue, UserError
 from ..teacher import state_digest
 
 MANIFEST = "manifest.json"
+_UNFINISHED = ".part"
 PROBES = 16
 """Samples that are loaded, in the first view and the last, and compared to the last value."""
 
@@ -58,7 +61,7 @@ def identity(
     """
     return {
         "format": 1,
-        "teacher": _digest(type(teacher).__qualname__, json.dumps(described, default=str), state_digest(teacher)),
+        "teacher": _digest(type(teacher).__qualname__, json.dumps(described, default=_plain), state_digest(teacher)),
         "precision": precision,
         "samples": len(dataset),
         "data": _digest(*_listing(dataset)),
@@ -79,11 +82,7 @@ def sign(folder: Path, own: Mapping[str, Any]) -> None:
     file, other = folder / MANIFEST, "delete it or name another folder"
     try:
         if not file.exists():
-            if folder.is_dir() and any(folder.iterdir()):
-                raise BadValue(f"'{folder}' holds something else than a cache of teacher outputs", str(folder))
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(own, indent=1) + "\n")
-            return
+            _claim(folder, json.dumps(own, indent=1) + "\n")
         data = file.read_bytes()
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror}") from error
@@ -95,6 +94,29 @@ def sign(folder: Path, own: Mapping[str, Any]) -> None:
     if differing:
         why = "; ".join(WHAT[name] for name in differing)
         raise BadValue(f"'{folder}' is the cache of something else: {why}; {other}", str(folder))
+
+
+def _claim(folder: Path, text: str) -> None:
+    """Writes the manifest of a new cache, unless another run comes first."""
+    if folder.is_dir() and any(item.suffix != _UNFINISHED for item in folder.iterdir()) and not _signed(folder):
+        raise BadValue(f"'{folder}' holds something else than a cache of teacher outputs", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = folder / f"{uuid4().hex}{_UNFINISHED}"
+    try:
+        whole.write_text(text)
+        with suppress(FileExistsError):
+            os.link(whole, folder / MANIFEST)  # all of it or nothing, and never over another's
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def _signed(folder: Path) -> bool:
+    return (folder / MANIFEST).exists()
+
+
+def _plain(value: Any) -> str:
+    """Of what JSON does not have: a name that stays the same from run to run, without addresses."""
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 def _listing(dataset: Any) -> Iterable[Any]:

@@ -205,7 +205,7 @@ def test_first_weights_of_bodies_are_not_asked_for_again(
         patch.chdir(tmp_path / "exported")
         patch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("a download"))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             exec(code, found)
     image = torch.rand(3, 60, 50, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -57,8 +57,9 @@ def convergence(runs: dict[str, list[Run]]) -> None:
 
 def by_epoch(axes: Axes, runs: list[Run], key: str, label: str, colour: str) -> None:
     """The mean of runs, and a band of their standard deviation."""
-    values = np.array([[record[key] for record in run.records] for run in runs])
-    epochs, mean, deviation = range(1, values.shape[1] + 1), values.mean(0), values.std(0, ddof=1)
+    values = np.array([[record[key] for record in run.records if key in record] for run in runs])
+    epochs = [record["epoch"] for record in runs[0].records if key in record]
+    mean, deviation = values.mean(0), values.std(0, ddof=1)
     axes.plot(epochs, mean, color=colour, label=label)
     axes.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
 

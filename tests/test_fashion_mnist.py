@@ -125,8 +125,8 @@ def test_files_that_are_not_there(tmp_path: Path, files: Path) -> None:
         (LABELS, b"<html>", "not the idx file of Fashion-MNIST: expected 60000 bytes"),
         (LABELS, struct.pack(">HBBI", 0, 8, 1, 60_000) + bytes(59_999), "not the idx file of Fashion-MNIST"),
         (f"{LABELS}.gz", b"<html>", "cannot be read: Not a gzipped file"),
-        (f"{LABELS}.gz", gzip.compress(bytes(100))[:-9], "cannot be read: Compressed file ended"),
-        (f"{LABELS}.gz", gzip.compress(b"abc")[:10] + b"\xff" * 20, "cannot be read: Error -3"),
+        (f"{LABELS}.gz", gzip.compress(bytes(100), mtime=0)[:-9], "cannot be read: Compressed file ended"),
+        (f"{LABELS}.gz", gzip.compress(b"abc", mtime=0)[:10] + b"\xff" * 20, "cannot be read: Error -3"),
     ],
 )
 def test_files_that_are_something_else(files: Path, tmp_path: Path, name: str, content: bytes, message: str) -> None:

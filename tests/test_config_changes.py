@@ -204,6 +204,8 @@ LOADERS = (
     (DATA / "staged.yaml", "train.stage1.train_data_loader"),
     (DATA / "staged.yaml", "train.stage1.val_data_loader"),
 )
+DETECTOR = ROOT / "configs" / "coco2017" / "undistilled" / "vidt_swin_nano.yaml"
+CACHED = ROOT / "configs" / "fashion_mnist" / "vkd" / "vit_from_cnn.yaml"
 FREE_OVERRIDES = [
     *((path, f"{loader}.kwargs.{worker}") for path, loader in LOADERS for worker in WORKERS),
     (VKD, "train.log_freq=99"),
@@ -211,6 +213,9 @@ FREE_OVERRIDES = [
     (VKD, "train.checkpoint={every_steps: 5}"),
     (VKD, "train.checkpoint="),
     (VKD, "train.skip_nonfinite=3"),
+    (VKD, "train.validate_every=2"),
+    (DETECTOR, "test.pictures={count: 4}"),
+    (CACHED, "train.teacher_cache.folder=elsewhere"),
     (DATA / "engine.yaml", "train.checkpoint.keep=9"),
     (VKD, "models.student_model.dst_ckpt='elsewhere.pt'"),
     (VKD, "models.teacher_model.dst_ckpt='elsewhere.pt'"),

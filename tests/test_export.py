@@ -409,7 +409,7 @@ def _read(*steps: Any) -> Preprocessing:
         transform = transforms.Compose(steps)
 
     class Experiment:
-        data: Any = {"datasets": {"x": Data()}, "test": {"test_data_loader": {"dataset_id": "x"}}}  # noqa: RUF012
+        data: Any = {"train": {}, "datasets": {"x": Data()}, "test": {"test_data_loader": {"dataset_id": "x"}}}  # noqa: RUF012
 
     return preprocessing(Experiment())  # type: ignore[arg-type]
 

@@ -163,7 +163,7 @@ def test_a_download_goes_into_torchvisions_layout(files: Path, tmp_path: Path, m
 def test_a_check_needs_no_files_to_count_steps() -> None:
     facts = examine(CONFIG, ["datasets.fashion_mnist/train.init.kwargs.fraction=0.1"])
     assert facts.problems == facts.warnings == []
-    assert facts.stages[0].steps_per_epoch == 5_500 // 128
+    assert facts.stages[0].steps_per_epoch == 5_500 // 32
 
 
 def test_files_that_are_missing_have_the_line_of_the_data_set(capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +184,8 @@ def test_an_experiment_from_its_first_step_to_its_test(
     monkeypatch.chdir(tmp_path)  # where the student is put
     Path("configs").symlink_to(CONFIG.parents[2])  # where the teacher is
     overrides = ["train.num_epochs=1", f"datasets._root={tmp_path}"]
-    overrides.append("datasets.fashion_mnist/train.init.kwargs.fraction=0.1")  # 150 images: a batch
+    overrides.append("datasets.fashion_mnist/train.init.kwargs.fraction=0.1")  # 150 images: a batch of
+    overrides.append("train.train_data_loader.kwargs.batch_size=128")
     output = tmp_path / "run"
     arguments = ["--config", str(path), "--output", str(output), "--device", "cpu"]
     try:

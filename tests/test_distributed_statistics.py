@@ -5,7 +5,6 @@ the tests compare with this process.
 """
 
 import datetime
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes_helper import wait_for
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -144,13 +144,7 @@ def worker(rank: int, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
     context = mp.spawn(worker, (str(folder),), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not context.join(timeout=5):  # True once all have ended
-            assert time.monotonic() < deadline, "the processes wait for each other"
-    finally:
-        for process in context.processes:
-            process.kill()
+    wait_for(context, 120)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from processes_helper import wait_for
 from torch import Tensor
 
 from vkd_plugin.cli import main
@@ -171,14 +171,7 @@ def _work(rank: int, path: Path, jobs: list[Job]) -> None:
 
 def make_runs(path: Path, jobs: list[Job]) -> Runs:
     context = mp.spawn(_work, (path, jobs), nprocs=WORLD, join=False)
-    deadline = time.monotonic() + 60 * len(jobs)
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+    wait_for(context, 60 * len(jobs))
     runs = Runs(path)
     by_rank = [json.loads((path / f"codes {rank}.json").read_text()) for rank in range(WORLD)]
     for number, (job, *codes) in enumerate(zip(jobs, *by_rank, strict=True)):

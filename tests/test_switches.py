@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from processes_helper import wait_for
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -549,14 +549,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     path = tmp_path_factory.mktemp("pairs")
     multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
     context = mp.start_processes(_work, (path,), nprocs=WORLD, join=False, start_method="forkserver")
-    deadline = time.monotonic() + 180
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+    wait_for(context, 180)
     counts = {name: [json.loads((path / f"{name} {rank}.json").read_text()) for rank in range(WORLD)] for name in JOBS}
     return Pairs({name: left(path / name) for name in JOBS}, counts)
 

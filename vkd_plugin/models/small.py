@@ -12,6 +12,9 @@ from torchdistill.models.registry import register_model
 
 from .weights import with_weights
 
+WeightInit = Literal["", "jax", "jax_nlhb", "moco"]
+"""timm's ways to draw a vision transformer's first weights."""
+
 
 def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
@@ -113,7 +116,7 @@ def digits_vit(
     patch_size: int = 2,
     in_chans: int = 1,
     drop_path_rate: float = 0.0,
-    weight_init: Literal["", "jax", "jax_nlhb", "moco"] = "",
+    weight_init: WeightInit = "",
 ) -> VisionTransformer:
     """timm's VisionTransformer for 8 x 8 images: a class token, 16 patches; 115 thousand parameters.
 
@@ -139,7 +142,7 @@ def digits_vit(
 
 @register_model
 def fashion_vit(
-    img_size: int = 28, patch_size: int = 7, weight_init: Literal["", "jax", "jax_nlhb", "moco"] = "jax", **kwargs: Any
+    img_size: int = 28, patch_size: int = 7, weight_init: WeightInit = "jax", **kwargs: Any
 ) -> VisionTransformer:
     """:func:`digits_vit` for 28 x 28 images: a class token, 16 patches; 117 thousand parameters.
 

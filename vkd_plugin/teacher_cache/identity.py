@@ -98,7 +98,11 @@ def sign(folder: Path, own: Mapping[str, Any]) -> None:
 
 def _claim(folder: Path, text: str) -> None:
     """Writes the manifest of a new cache, unless another run comes first."""
-    if folder.is_dir() and any(item.suffix != _UNFINISHED for item in folder.iterdir()) and not _signed(folder):
+    if (
+        folder.is_dir()
+        and any(item.suffix != _UNFINISHED for item in folder.iterdir())
+        and not (folder / MANIFEST).exists()
+    ):
         raise BadValue(f"'{folder}' holds something else than a cache of teacher outputs", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / f"{uuid4().hex}{_UNFINISHED}"
@@ -108,10 +112,6 @@ def _claim(folder: Path, text: str) -> None:
             os.link(whole, folder / MANIFEST)  # all of it or nothing, and never over another's
     finally:
         whole.unlink(missing_ok=True)
-
-
-def _signed(folder: Path) -> bool:
-    return (folder / MANIFEST).exists()
 
 
 def _plain(value: Any) -> str:

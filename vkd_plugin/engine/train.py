@@ -49,6 +49,7 @@ from .reports import unreadable_images
 from .sharding import gathered, optimizer_state_like, whole
 from .signals import StoppedError, StopRequest
 from .state import load_rank_state, load_training_state, rank_state, training_state
+from .transfer import Transfer
 from .watch import Watch
 
 logger = logging.getLogger("vkd_plugin")
@@ -100,6 +101,7 @@ class Trainer:
         self.path = Path(processes.share(str(folder.path) if folder else "."))
         self.seed = seed
         self.task = task_for(experiment)
+        self._transfer = Transfer(processes.device)
         self.terms = TermMeter()
         device = processes.device
         with blame(experiment, "train", "amp"):
@@ -213,7 +215,7 @@ class Trainer:
 
     def _step(self, batch: Any, loader: DataLoader[Any], logs: bool) -> None:
         box = self.box
-        samples, targets, supplement = self.task.unpack(batch, self.processes.device)
+        samples, targets, supplement = self._transfer(lambda: self.task.unpack(batch, self.processes.device))
         samples = self._channels_last(samples)
         address(self.seed, self.step, self.processes.rank)
         loss = self._forward(samples, targets, supplement)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, Dataset, Sampler, get_worker_info
 
+from ..datasets.fused_transforms import fused
 from ..datasets.unreadable import replacements
 from ..errors import UserError
 from ..random_state import generators_restored
@@ -220,7 +221,7 @@ class AddressedDataset(Dataset[Any]):
         if not isinstance(batch, BatchAddress):
             return [self[index] for index in batch]
         # Once per batch, as saving the generators costs more than ten samples' seeds.
-        with generators_restored(), replacements() as replaced:
+        with generators_restored(), replacements() as replaced, fused(self.dataset):
             try:
                 samples = [self._item(batch.epoch, index) for index in batch.indices]
             except UserError as error:

@@ -2,18 +2,16 @@
 
 import copy
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes_helper import run_py
 from torch import nn
 from torch.nn.functional import layer_norm, smooth_l1_loss
 from torch.nn.utils import parametrizations
@@ -248,9 +246,9 @@ def test_where_a_run_goes_by_default() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with a run of one epoch in ``~/run``."""
     home = tmp_path_factory.mktemp("home")
-    command = [sys.executable, "run.py", "--config", VKD, *SHORT, "--output", "~/run", "--run_log", "~/my.log"]
-    done = subprocess.run(command, env={**os.environ, "HOME": str(home)}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--config", VKD, *SHORT, "--output", "~/run", "--run_log", "~/my.log"]
+    (ended,) = run_py(*arguments, environment={"HOME": str(home)})
+    assert ended.code == 0, ended.err
     return home
 
 
@@ -350,20 +348,10 @@ def test_within_an_epoch_another_batch_size_goes_on_at_the_same_sample(tmp_path:
 # Several processes.
 
 
-def _torchrun(output: Path, *more: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "run.py", "--config", VKD,
-        *SHORT, "--output", str(output), *more,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-
 def test_a_signal_to_one_process_stops_all_of_them_after_saving(tmp_path: Path) -> None:
     """To the one that writes nothing: the other has to hear of it before it waits for gradients."""
-    program = f"""
-import os, signal, sys
-from vkd_plugin.cli import main
+    before = f"""
+import os, signal
 from vkd_plugin.engine.box import EngineBox
 step, done = EngineBox.post_forward_process, []
 def stopped(self, *args, **kwargs):
@@ -372,29 +360,20 @@ def stopped(self, *args, **kwargs):
     if len(done) == 3 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), {int(signal.SIGTERM)})
 EngineBox.post_forward_process = stopped
-sys.exit(main(sys.argv[1:]))
 """
-    (tmp_path / "stopped.py").write_text(program)
     arguments = ["--config", VKD, *SHORT, "--set", "train.train_data_loader.kwargs.batch_size=8"]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(tmp_path / "stopped.py"), *arguments, "--output", str(tmp_path / "run"),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stderr.count("error: stopped at step 4, all saved") == 1, done.stderr
-    # The launcher lists those that had ended when it looked.
-    assert set(re.findall(r"exitcode +: (-?\d+)", done.stderr)) == {"75"}, done.stderr
+    ended = run_py(*arguments, "--output", str(tmp_path / "run"), number=2, before=before)
+    err = "".join(process.err for process in ended)
+    assert err.count("error: stopped at step 4, all saved") == 1, err
+    assert [process.code for process in ended] == [75, 75], err
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pt")["batch"] == 4
 
 
 def test_what_one_process_cannot_do_ends_all_of_them_and_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    process = _torchrun(tmp_path / "file" / "run")
-    _, err = process.communicate(timeout=120)
-    codes = re.findall(r"exitcode +: (-?\d+)", err)
-    assert "2" in codes, err
-    assert set(codes) <= {"2", "-15"}, err  # the launcher may end the other before it ends by itself
+    ended = run_py("--config", VKD, *SHORT, "--output", str(tmp_path / "file" / "run"), number=2)
+    err = "".join(process.err for process in ended)
+    assert [process.code for process in ended] == [2, 2], err
     assert re.findall(r"^error: .*", err, re.M) == [
         f"error: --output {tmp_path}/file/run: cannot write there: Not a directory"
     ]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes_helper import work_together
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -258,7 +258,7 @@ def test_two_processes_are_exact(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(evaluate_a_part, args=(2, port, tmp_path), nprocs=2)
+    work_together(evaluate_a_part, (2, port, tmp_path), 2)
     problem = Problem(5, 9, 3, 6, 10)
     alone = Detection().evaluate(Replay(problem.outputs), problem.batches(), CPU, tmp_path / "alone")
     for rank in (0, 1):

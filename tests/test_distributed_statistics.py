@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from processes_helper import wait_for
+from processes_helper import work_together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -143,8 +142,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    context = mp.spawn(worker, (str(folder),), nprocs=WORLD, join=False)
-    wait_for(context, 120)
+    work_together(worker, (str(folder),), WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

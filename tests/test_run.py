@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes_helper import run_py
 
 import vkd_plugin
 from vkd_plugin.cli import main
@@ -262,16 +261,10 @@ def test_every_map_lives_through_training_with_weight_decay(tmp_path: Path, orth
 # Several processes.
 
 
-def _torchrun(output: Path, *more: str, config: str = VKD) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-        "run.py", "--config", config, *SHORT, "--output", str(output), "--device", "cpu", *_dst(output), *more,
-    ]  # fmt: skip
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def _run_as_two(output: Path, *more: str) -> list[dict[str, Any]]:
+    arguments = ["--config", VKD, *SHORT, "--output", str(output), "--device", "cpu", *_dst(output), *more]
+    for ended in run_py(*arguments, number=2):
+        assert ended.code == 0, ended.err[-3000:]
     return _metrics(output)
 
 
@@ -285,7 +278,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         "--set", "train.optimizer={key: SGD, kwargs: {lr: 0.05}}",
     ]  # fmt: skip
     one = _run(VKD, tmp_path / "one", *more, "--set", "train.train_data_loader.kwargs.batch_size=32")
-    two = _torchrun(tmp_path / "two", *more, "--set", "train.train_data_loader.kwargs.batch_size=16")
+    two = _run_as_two(tmp_path / "two", *more, "--set", "train.train_data_loader.kwargs.batch_size=16")
     assert len(one) == len(two)
     for alone, shared in zip(one, two, strict=True):
         for name in ("loss", "loss/ce", "loss/kl", "loss/vkd", "val/loss"):

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from processes_helper import wait_for
+from processes_helper import work_together
 from torch import Tensor
 
 from vkd_plugin.cli import main
@@ -170,8 +169,7 @@ def _work(rank: int, path: Path, jobs: list[Job]) -> None:
 
 
 def make_runs(path: Path, jobs: list[Job]) -> Runs:
-    context = mp.spawn(_work, (path, jobs), nprocs=WORLD, join=False)
-    wait_for(context, 60 * len(jobs))
+    work_together(_work, (path, jobs), WORLD, seconds=60 * len(jobs))
     runs = Runs(path)
     by_rank = [json.loads((path / f"codes {rank}.json").read_text()) for rank in range(WORLD)]
     for number, (job, *codes) in enumerate(zip(jobs, *by_rank, strict=True)):

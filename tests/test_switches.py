@@ -6,7 +6,6 @@ the other by 1e-4. What a switch does with float32 is the same code.
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from processes_helper import wait_for
+from processes_helper import work_together
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -502,7 +500,6 @@ def test_the_ema_waits_for_nothing() -> None:
 # Two processes.
 
 WORLD = 2
-_IMPORTED_ONCE = ["vkd_plugin.engine.run", "sklearn.datasets", "torch.utils.tensorboard"]
 JOBS = {
     "global batch": ("train.global_batch=True",),
     "half the batch": (f"train.train_data_loader.kwargs.batch_size={BATCH // 2}",),
@@ -547,9 +544,7 @@ class Pairs:
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
     path = tmp_path_factory.mktemp("pairs")
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
-    context = mp.start_processes(_work, (path,), nprocs=WORLD, join=False, start_method="forkserver")
-    wait_for(context, 180)
+    work_together(_work, (path,), WORLD)
     counts = {name: [json.loads((path / f"{name} {rank}.json").read_text()) for rank in range(WORLD)] for name in JOBS}
     return Pairs({name: left(path / name) for name in JOBS}, counts)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes_helper import work_together
 from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -117,7 +117,7 @@ def test_two_processes_count_exactly(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(evaluate_a_part, args=(2, port, n, tmp_path), nprocs=2)
+    work_together(evaluate_a_part, (2, port, n, tmp_path), 2)
     parts = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [part["batches"] for part in parts] == [3, 2]  # the ranks do not even agree on their number
     logits, targets = problem(n, 10)

@@ -7,7 +7,6 @@ sample's outputs are the same to the last bit only if its batch is. A third epoc
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,8 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from processes_helper import wait_for
+from processes_helper import work_together
 from torch import Tensor, nn
 from torchdistill.losses.high_level import WeightedSumLoss
 
@@ -652,7 +650,6 @@ def test_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
 # Two processes.
 
 WORLD = 2
-_IMPORTED_ONCE = ["vkd_plugin.engine.run", "sklearn.datasets", "torch.utils.tensorboard"]
 JOBS = {"first": (), "second": (), "refused": ("train.teacher_cache.seed=1",)}
 
 
@@ -671,10 +668,7 @@ def _work(rank: int, path: Path, config: str) -> None:
 
 def test_two_processes_fill_and_read_one_cache(filled: Filled, tmp_path: Path) -> None:
     """Each its half of the samples; one sample is given to both, as 65 cannot be halved."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
-    work = tmp_path, filled.config
-    context = mp.start_processes(_work, work, nprocs=WORLD, join=False, start_method="forkserver")
-    wait_for(context, 180)
+    work_together(_work, (tmp_path, filled.config), WORLD)
     for rank in range(WORLD):
         assert json.loads((tmp_path / f"codes {rank}.json").read_text()) == {"first": 0, "second": 0, "refused": 2}
     first, second = left(tmp_path / "first"), left(tmp_path / "second")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes_helper import run_py
 from torch import Tensor, nn
 from torchdistill.common import yaml_util
 from torchdistill.common.main_util import import_dependencies, load_ckpt, save_ckpt, set_seed
@@ -660,10 +661,11 @@ regression:
 """
 
 SAME_EVERYWHERE = """
+import sys
 import torch
 from torch import distributed as dist
-from vkd_plugin.cli import main
 from vkd_plugin.engine.train import Trainer
+sys.path.insert(0, FOLDER)
 
 def compare(self, record):
     models = [self.box.student, *([self.teacher] if self.teacher is not None else [])]
@@ -674,7 +676,6 @@ def compare(self, record):
     assert torch.isfinite(values).all()
 
 Trainer._post_epoch = compare
-raise SystemExit(main())
 """
 
 
@@ -686,7 +687,6 @@ def test_gradients_are_averaged_wherever_the_trained_parts_stand(tmp_path: Path,
     brings DistributedDataParallel.
     """
     (tmp_path / "extension_of_a_user.py").write_text(EXTENSION)
-    (tmp_path / "same_everywhere.py").write_text(SAME_EVERYWHERE)
     side, path = {"secondary_forward": (WITH_REGRESSOR, "regressor"), "projected": (PROJECTED, "features.regressor")}[
         student
     ]
@@ -700,16 +700,10 @@ def test_gradients_are_averaged_wherever_the_trained_parts_stand(tmp_path: Path,
         more=", 'extension_of_a_user'",
     )
     (tmp_path / "experiment.yaml").write_text(text.replace("OUTPUT", str(tmp_path)))
-    port = _free_port()
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-        str(tmp_path / "same_everywhere.py"), "--config", str(tmp_path / "experiment.yaml"),
-        "--output", str(tmp_path / "run"), "--device", "cpu", "--trust", "extension_of_a_user",
-    ]  # fmt: skip
-    paths = os.pathsep.join([str(ROOT), str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["--config", str(tmp_path / "experiment.yaml"), "--output", str(tmp_path / "run"), "--device", "cpu"]
+    before = SAME_EVERYWHERE.replace("FOLDER", repr(str(tmp_path)))
+    for ended in run_py(*arguments, "--trust", "extension_of_a_user", number=2, before=before):
+        assert ended.code == 0, ended.err[-3000:]
 
 
 def test_parts_of_the_student_without_a_gradient_are_an_error_that_says_what_to_do(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes_helper import work_together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from vidt_helper import random_images, small_vidt, target
@@ -39,6 +39,6 @@ def one_of_two(rank: int, folder: Path) -> None:
 
 def test_two_processes_take_one_processes_step(tmp_path: Path) -> None:
     """One image each, one of them without objects, the number of objects averaged."""
-    mp.spawn(one_of_two, (tmp_path,), nprocs=2)
+    work_together(one_of_two, (tmp_path,), 2)
     expected = gradients(small_vidt().double().train(), *two_images())
     torch.testing.assert_close(torch.load(tmp_path / "gradients.pt"), expected, rtol=1e-7, atol=1e-9)

@@ -16,6 +16,10 @@ SHORT = {
     "checkpoint": ["--rounds", "1", "--epochs", "4"],
     "check": ["--rounds", "1"],
     "step": ["--batch", "2", "--rounds", "2"],
+    "engine": ["--experiments", "quickstart", "--rounds", "4"],
+    "teacher_cache": ["--experiments", "quickstart", "--rounds", "4"],
+    "scale": ["--quick", "--repeats", "3"],
+    "flops": [],
 }
 
 

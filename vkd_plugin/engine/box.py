@@ -234,16 +234,18 @@ class EngineBox(_Box):
 
         forward, own = super().get_teacher_output, self.precision
 
-        def compute(places: Tensor | None = None) -> tuple[Any, dict[str, Any]]:
-            some = places is not None and len(places) < len(sample_batch)
-            samples = sample_batch[places.to(self.device)] if some and places is not None else sample_batch
+        def compute(samples: Any, targets: Any) -> tuple[Any, dict[str, Any]]:
             with own.autocast_teacher():
-                found, io_dict = forward(samples, None if some else targets, supp_dict, **kwargs)
+                found, io_dict = forward(samples, targets, supp_dict, **kwargs)
             return own.from_teacher(found), own.from_teacher(io_dict)
 
+        def compute_some(places: Tensor) -> dict[str, Any]:
+            whole = len(places) == len(sample_batch)
+            return compute(sample_batch if whole else sample_batch[places.to(self.device)], None)[1]
+
         if self.teacher_cache is None:
-            return compute()
-        return self.teacher_cache.outputs(supp_dict, self.device, lambda places: compute(places)[1])
+            return compute(sample_batch, targets)
+        return self.teacher_cache.outputs(supp_dict, self.device, compute_some)
 
     def post_forward_process(self, loss: Tensor, metrics: Any = None, **kwargs: Any) -> None:
         """Backward, and at the end of an accumulation: unscale, clip, step, scheduler. torchdistill's semantics."""

@@ -236,8 +236,8 @@ def _ratio(times: list[float], base: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, base, strict=True))
 
 
-def measure(steps: dict[str, Step], rounds: int, setting: Setting) -> dict[str, Figures]:
-    """The steps in turn, each round beginning with another of them."""
+def measure(steps: dict[str, Step], rounds: int, setting: Setting, memory: bool = True) -> dict[str, Figures]:
+    """The steps in turn, each round beginning with another of them; then the memory of one of each."""
     found = {name: Figures() for name in steps}
     for step in steps.values():
         for _ in range(2):  # compile, allocate, and the optimizer's first state
@@ -252,7 +252,7 @@ def measure(steps: dict[str, Step], rounds: int, setting: Setting) -> dict[str, 
             setting.synchronize()
             found[name].seconds.append(time.perf_counter() - clock)
             found[name].processor.append(time.process_time() - processor)
-    for name, step in steps.items():
+    for name, step in steps.items() if memory else ():
         found[name].mib = peak_mib(step, setting.device.type)
     return found
 

@@ -73,10 +73,8 @@ def test_the_numbers_that_decide_are_the_recipes(path: Path) -> None:
     assert train["amp"] == {"dtype": "float16"}
     loader = train["train_data_loader"]["kwargs"]
     assert (loader["batch_size"], loader["drop_last"], train["global_batch"]) == (512, True, True)
-    assert train["optimizer"] == {
-        "key": "AdamW",
-        "kwargs": {"lr": 5e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.05, "weight_decay_of": "matrices"},
-    }
+    numbers = {"lr": 5e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.05, "weight_decay_of": "matrices"}
+    assert train["optimizer"] == {"key": "AdamW", "kwargs": {**numbers, "fused": True}}
     scheduler = train["scheduler"]
     assert scheduler["kwargs"] == {"total_steps": 300 * (1_281_167 // 512), "min_lr": 5e-6, "delay": 1}
     assert scheduler["scheduling_step"] == 1

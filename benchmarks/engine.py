@@ -30,7 +30,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchdistill.common import yaml_util
 from torchdistill.core.distillation import get_distillation_box
@@ -131,15 +131,16 @@ class Bare:
     def __init__(self, experiment: Experiment, like: "Engine") -> None:
         train: dict[str, Any] = experiment.data["train"]
         student_section = model_sections(experiment)[1]
-        self.teacher = build_model(experiment, "teacher_model", CPU, False).eval().requires_grad_(False)
+        self.teacher: Any = build_model(experiment, "teacher_model", CPU, False).eval().requires_grad_(False)
         self.student: Any = build_model(experiment, student_section, CPU, False)
         self.student.load_state_dict(like.trainer.box.bare_student.state_dict())
         theirs: Any = like.trainer.box.wrapper.features["tokens"].projector
         self.projector = OrthogonalProjector(theirs.in_features, theirs.out_features, theirs.orthogonal_map)
         self.projector.load_state_dict(theirs.state_dict())
         self.rows: dict[str, Tensor] = {}
-        final: nn.Module = self.teacher.get_submodule("final_conv")
-        final.register_forward_hook(lambda module, inputs, output: self.rows.update(teacher=output.mean((2, 3))))
+        self.teacher.get_submodule("final_conv").register_forward_hook(
+            lambda module, inputs, output: self.rows.update(teacher=output.mean((2, 3)))
+        )
         self.student.norm.register_forward_hook(
             lambda module, inputs, output: self.rows.update(student=output[:, self.student.num_prefix_tokens :].mean(1))
         )
@@ -150,7 +151,8 @@ class Bare:
         exempt = no_matrices(self.student) if options.pop("weight_decay_of", "all") == "matrices" else set()
         decayed = [p for p in self.student.parameters() if id(p) not in exempt]
         others = [p for p in self.student.parameters() if id(p) in exempt] + list(self.projector.parameters())
-        self.optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], **options)
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, **options)
         schedule = train["scheduler"]
         self.schedule = like.schedule(self.optimizer)
         self.each_step = bool(schedule.get("scheduling_step"))
@@ -367,7 +369,7 @@ def consists_of(loop: Loop, epochs: int) -> dict[str, float]:
     """Milliseconds of the processor in a step, by part; ``rest`` is what is left."""
     parts, steps = Parts(), loop.steps * epochs
     with loop.timers(parts):
-        whole = taken(lambda: [loop.epoch() for _ in range(epochs)]).cpu
+        whole = sum(taken(loop.epoch).cpu for _ in range(epochs))
     found = {name: 1e3 * parts.seconds[name] / steps for name in PARTS}
     return found | {"rest": 1e3 * whole / steps - sum(found.values())}
 
@@ -375,17 +377,18 @@ def consists_of(loop: Loop, epochs: int) -> dict[str, float]:
 def measure(config: str, rounds: int) -> dict[str, Any]:
     """Figures of one experiment."""
     with tempfile.TemporaryDirectory() as folder:
-        engine, *others = made = loops(config, Path(folder))
-        for loop in made:
+        engine, bare, torchdistill = loops(config, Path(folder))
+        turns: list[Loop] = [bare, torchdistill, engine]
+        for loop in turns:
             loop.epoch()  # warm
         engine.waits.clear()
-        times = in_turn({loop.name: loop.epoch for loop in (*others, engine)}, rounds)
+        times = in_turn({loop.name: loop.epoch for loop in turns}, rounds)
         result = {
             "steps": engine.steps,
             "milliseconds": {name: [1e3 * t / engine.steps for t in found] for name, found in times.items()},
             "ratio": ratios(times, Bare.name),
             "data_wait_share": statistics.median(engine.waits),
-            "parts": {loop.name: consists_of(loop, max(1, rounds // 4)) for loop in (*others, engine)},
+            "parts": {loop.name: consists_of(loop, max(1, rounds // 4)) for loop in turns},
         }
         engine.close()
     return result

@@ -6,7 +6,8 @@
 Operations are those of torch's ``flop_counter`` (a multiplication and an addition are two) on tensors without values,
 at 224 x 224 pixels: products and convolutions, attention written out, and of linear algebra the leading term. They are
 the same on every machine. What a projector's map takes is counted twice: as a GPU computes it, without a look at the
-data (float64, sixteen squarings), and as a CPU does with the weights that training starts from (float32).
+data (float64, sixteen squarings), and as a CPU does with the weights that training starts from (float32). Operators
+that compute something are counted besides: in eager mode a GPU's host has to start about so many kernels.
 
 Hours are operations over ``peak * utilisation``, both of them assumptions: a vendor's figure for dense bfloat16, and
 how much of it a training reaches.
@@ -14,6 +15,7 @@ how much of it a training reaches.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vkd_plugin  # noqa: F401 (registers the students)
@@ -68,6 +71,25 @@ def operations(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+class _Launches(TorchDispatchMode):
+    """Counts operators that compute something; views and bookkeeping start no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call: Callable[[], object]) -> int:
+    """Operators that a call makes a device start, in eager mode: about as many kernels."""
+    with _Launches() as counter:
+        call()
+    return counter.number
+
+
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -91,32 +113,43 @@ def kept_bytes(model: nn.Module, images: Tensor) -> int:
 
 
 def of_models() -> dict[str, dict[str, float]]:
-    """Per image, by model: operations, bytes kept for the backward pass; and the number of parameters."""
+    """By model: operations of an image, bytes that it keeps for the backward pass, parameters, operators of a step."""
     batch = 2
     found = {}
     with torch.device("meta"):
         images = torch.empty(batch, 3, 224, 224)
         teacher = timm.create_model(TEACHER).eval().requires_grad_(False)
-        forward = operations(lambda: teacher(images)) / batch
-        found["teacher"] = {"parameters": parameters(teacher), "forward": forward}
+        found["teacher"] = {
+            "parameters": parameters(teacher),
+            "forward": operations(lambda: teacher(images)) / batch,
+            "launches": launches(lambda: teacher(images)),
+        }
         for name, key in STUDENTS.items():
             student = timm.create_model(key).train()
+
+            def train(student: nn.Module = student) -> None:
+                _summed(student(images)).sum().backward()
+
             found[name] = {
                 "parameters": parameters(student),
-                "forward": operations(lambda student=student: student(images)) / batch,
-                "training": operations(lambda student=student: _summed(student(images)).sum().backward()) / batch,
+                "forward": operations(partial(student, images)) / batch,
+                "training": operations(train) / batch,
                 "kept_bytes": kept_bytes(student, images) / batch,
+                "launches": launches(train),
             }
     return found
 
 
 def _summed(output: Any) -> Tensor:
     """The heads of a distilled DeiT together."""
-    return sum(output[1:], output[0]) if isinstance(output, tuple) else output
+    return torch.stack(output).sum(0) if isinstance(output, tuple) else output
 
 
 def of_projectors(student: int, teacher: int) -> dict[str, dict[str, float]]:
-    """Of a training step, by map: ``gpu`` and ``cpu`` of the weight, forward and backward; ``product`` of a row."""
+    """Of a training step, by map: ``gpu`` and ``cpu`` of the weight, forward and backward; ``product`` of a row.
+
+    ``launches`` are the operators that a GPU starts for the weight.
+    """
     found: dict[str, dict[str, float]] = {}
     for name in ORTHOGONAL_MAPS:
         torch.manual_seed(0)
@@ -124,13 +157,20 @@ def of_projectors(student: int, teacher: int) -> dict[str, dict[str, float]]:
         cotangent = torch.ones_like(raw)
         with FakeTensorMode() as fake:
             unseen = (fake.from_tensor(raw), fake.from_tensor(cotangent))
-            gpu = operations(lambda name=name, w=unseen[0], c=unseen[1]: orthogonalize(w, name).backward(c))
+            gpu = operations(partial(_weigh, name, *unseen))
+            started = launches(partial(_weigh, name, *unseen))
         found[name] = {
             "gpu": gpu,
-            "cpu": operations(lambda name=name, w=raw, c=cotangent: orthogonalize(w, name).backward(c)),
+            "cpu": operations(partial(_weigh, name, raw, cotangent)),
+            "launches": started,
             "product": 3 * 2 * student * teacher,  # forward, and backward to the row and to the weight
         }
     return found
+
+
+def _weigh(orthogonal_map: str, raw: Tensor, cotangent: Tensor) -> None:
+    """Forward and backward of a projector's weight."""
+    orthogonalize(raw, orthogonal_map).backward(cotangent)
 
 
 def hours(images: int, epochs: int, images_per_second: float) -> float:
@@ -139,18 +179,20 @@ def hours(images: int, epochs: int, images_per_second: float) -> float:
 
 
 def show_models(models: dict[str, dict[str, float]]) -> None:
-    print(f"\n{'of an image':12}{'parameters':>14}{'forward':>12}{'training':>12}{'kept':>12}")
+    print(f"\n{'of an image':12}{'parameters':>14}{'forward':>12}{'training':>12}{'kept':>12}{'operators a step':>20}")
     for name, row in models.items():
         training = f"{row['training'] / 1e9:8.2f} GF" if "training" in row else "-"
         kept = f"{row['kept_bytes'] / 2**20:8.1f} MiB" if "kept_bytes" in row else "-"
-        print(f"{name:12}{row['parameters']:14,.0f}{row['forward'] / 1e9:9.2f} GF{training:>12}{kept:>12}")
+        print(f"{name:12}{row['parameters']:14,.0f}{row['forward'] / 1e9:9.2f} GF{training:>12}{kept:>12}", end="")
+        print(f"{row['launches']:20d}")
 
 
 def show_projectors(projectors: dict[str, dict[str, float]], batch: int) -> None:
-    print(f"\n{'of a step':12}{'map, GPU':>14}{'map, CPU':>14}   GF; the product takes", end=" ")
-    print(f"{batch * next(iter(projectors.values()))['product'] / 1e9:.2f} GF for {batch} images")
+    product = batch * next(iter(projectors.values()))["product"]
+    print(f"\n{'of a step':12}{'map, GPU':>14}{'map, CPU':>14}{'operators on a GPU':>22}", end="")
+    print(f"     (the product: {product / 1e9:.2f} GF for {batch} images)")
     for name, row in projectors.items():
-        print(f"{name:12}{row['gpu'] / 1e9:14.2f}{row['cpu'] / 1e9:14.2f}")
+        print(f"{name:12}{row['gpu'] / 1e9:11.2f} GF{row['cpu'] / 1e9:11.2f} GF{row['launches']:22d}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -57,9 +58,12 @@ def parts(trainer: Trainer, step: Callable[[], object], device: torch.device, st
 
 
 def _self_time(device: torch.device) -> Callable[[FunctionEvent], float]:
-    if device.type == "cuda":
-        return lambda event: event.self_device_time_total
-    return lambda event: event.self_cpu_time_total
+    return _time_of_kernels if device.type == "cuda" else lambda event: event.self_cpu_time_total
+
+
+def _time_of_kernels(event: FunctionEvent) -> float:
+    """Of those that an operator launched itself; a range is drawn on the device, too, over all that it spans."""
+    return 0.0 if event.name.startswith(_RANGE) else sum(kernel.duration for kernel in event.kernels)
 
 
 def _attributed(events: list[FunctionEvent], time: Callable[[FunctionEvent], float]) -> dict[str, float]:
@@ -85,7 +89,8 @@ def _attributed(events: list[FunctionEvent], time: Callable[[FunctionEvent], flo
             walk_node(child, part)
 
     for event in events:
-        if event.cpu_parent is None and event.name.startswith((_RANGE, _NODE)):
+        on_the_host = event.device_type == DeviceType.CPU
+        if on_the_host and event.cpu_parent is None and event.name.startswith((_RANGE, _NODE)):
             walk(event, REST)
     for node in nodes:
         _, part = operators.get(node.sequence_nr, (0.0, BACKWARD))

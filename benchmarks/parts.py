@@ -25,6 +25,8 @@ TEACHER, FORWARD, BACKWARD = "teacher", "student forward", "student backward"
 PROJECTOR, VKD, LOSSES = "projector", "normalisation and distance", "other losses"
 HOOKS, OPTIMIZER, FIGURES, REST = "hooks and readouts", "optimizer", "figures", "rest"
 PARTS = (TEACHER, FORWARD, BACKWARD, PROJECTOR, VKD, LOSSES, HOOKS, OPTIMIZER, FIGURES, REST)
+NEEDED = (TEACHER, FORWARD, BACKWARD, OPTIMIZER)
+"""What any distillation has."""
 _RANGE = "part: "
 _NODE = "autograd::engine::evaluate_function"
 

@@ -9,9 +9,22 @@ import pytest
 import torch
 from imagenet_helper import sound, tree  # noqa: F401 - fixtures
 
+LONGEST_FIRST = (
+    "test_faults.py",
+    "test_run.py",
+)
+"""Files that take longest, in the order in which they start: one that starts last keeps one process busy alone."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """``--dist loadfile`` takes the files as they are collected, and not those with most tests first."""
+    config.option.loadscopereorder = False
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` are skipped where there is no CUDA device."""
+    """Longest files first; tests marked ``gpu`` are skipped where there is no CUDA device."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -54,9 +54,33 @@ def _metrics(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
-def test_a_run_writes_what_the_documentation_says(tmp_path: Path) -> None:
-    records = _run(VKD, tmp_path / "run")
-    folder = tmp_path / "run"
+def _made(folder: Path, *more: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        _run(VKD, folder, *more)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of :data:`VKD`, to be read; its student is beside it."""
+    return _made(tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, of one epoch."""
+    return _made(tmp_path_factory.mktemp("one_epoch") / "run", "--set", "train.num_epochs=1")
+
+
+@pytest.fixture
+def copy(plain: Path, tmp_path: Path) -> Path:
+    """A copy of ``plain``, to be run into."""
+    return Path(shutil.copytree(plain, tmp_path / "run"))
+
+
+def test_a_run_writes_what_the_documentation_says(plain: Path) -> None:
+    records, folder = _metrics(plain), plain
     assert {"config.yaml", "metrics.jsonl", "summary.json", "log.txt", "checkpoints"} <= {
         p.name for p in folder.iterdir()
     }
@@ -77,22 +101,19 @@ def test_a_run_writes_what_the_documentation_says(tmp_path: Path) -> None:
     assert summary["versions"]["torch"] == torch.__version__
 
 
-def test_the_student_is_saved_under_its_own_names_and_the_projectors_apart(tmp_path: Path) -> None:
-    _run(VKD, tmp_path / "run")
+def test_the_student_is_saved_under_its_own_names_and_the_projectors_apart(plain: Path) -> None:
     for name in ("last.pt", "best.pt"):
-        state = read_checkpoint(tmp_path / "run" / "checkpoints" / name)
+        state = read_checkpoint(plain / "checkpoints" / name)
         digits_vit().load_state_dict(state["model"])
         (key,) = [k for k in state["projectors"] if k.endswith("raw_weight")]
         assert key == "tokens.projector.raw_weight"
-    digits_vit().load_state_dict(torch.load(f"{tmp_path}/run-student.pt", weights_only=True)["model"])
+    digits_vit().load_state_dict(torch.load(f"{plain}-student.pt", weights_only=True)["model"])
 
 
-def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
-    first = _run(VKD, tmp_path / "a")
-    assert (
-        main(["--config", str(tmp_path / "a" / "config.yaml"), "--output", str(tmp_path / "b"), "--device", "cpu"]) == 0
-    )
-    assert _metrics(tmp_path / "b") == first
+def test_the_resolved_config_repeats_the_run(plain: Path, tmp_path: Path) -> None:
+    again = ["--config", str(plain / "config.yaml"), "--output", str(tmp_path / "b"), "--device", "cpu"]
+    assert main([*again, *_dst(tmp_path / "b")]) == 0
+    assert _metrics(tmp_path / "b") == _metrics(plain)
 
 
 @pytest.mark.parametrize("config", [VKD, "configs/digits/ce/digits_cnn.yaml"])
@@ -105,33 +126,39 @@ def test_one_seed_gives_identical_figures_whatever_the_number_of_workers(tmp_pat
     assert first != other
 
 
-def test_a_stage_starts_from_its_own_checkpoint(tmp_path: Path) -> None:
-    _run(VKD, tmp_path / "first", "--set", "train.num_epochs=1")
+def test_a_stage_starts_from_its_own_checkpoint(one_epoch: Path, tmp_path: Path) -> None:
     still = ["--set", "train.optimizer.kwargs={lr: 0.0, weight_decay: 0.0}", "--set", "train.scheduler="]
     best = Path("checkpoints", "best.pt")
-    _run(VKD, tmp_path / "more", "--set", f"train.student.src_ckpt={tmp_path / 'first' / best}", *still)
-    before, after = (torch.load(tmp_path / run / best)["model"] for run in ("first", "more"))
+    _run(VKD, tmp_path / "more", "--set", f"train.student.src_ckpt={one_epoch / best}", *still)
+    before, after = (torch.load(run / best)["model"] for run in (one_epoch, tmp_path / "more"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_start_epoch_counts_on_with_the_optimizer_of_src_ckpt(tmp_path: Path) -> None:
-    whole = _run(VKD, tmp_path / "whole")
-    first = _run(VKD, tmp_path / "first", "--set", "train.num_epochs=1")
-    assert whole[:1] == first
-    last = tmp_path / "first" / "checkpoints" / "last.pt"
+def test_start_epoch_counts_on_with_the_optimizer_of_src_ckpt(plain: Path, one_epoch: Path, tmp_path: Path) -> None:
+    whole = _metrics(plain)
+    assert whole[:1] == _metrics(one_epoch)
+    last = one_epoch / "checkpoints" / "last.pt"
     more = _run(VKD, tmp_path / "more", "--start_epoch", "1", "--set", f"models.student_model.src_ckpt={last}")
     assert [record["epoch"] for record in more] == [2]
     assert more[0]["lr"] == whole[1]["lr"]
 
 
+EMA_AND_WORKER = ("--set", "train.ema={decay: 0.9}", "--set", "train.train_data_loader.kwargs.num_workers=1")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with :data:`EMA_AND_WORKER` that nothing stops."""
+    return _made(tmp_path_factory.mktemp("whole") / "run", *EMA_AND_WORKER)
+
+
 @pytest.mark.parametrize("after", [7, 13])
 def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], after: int
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], after: int
 ) -> None:
     """Stopped within the first epoch of twelve steps, or the second; figures and weights are equal to the last bit."""
-    more = ["--set", "train.ema={decay: 0.9}", "--set", "train.train_data_loader.kwargs.num_workers=1"]
-    whole = _run(VKD, tmp_path / "whole", *more)
+    more = EMA_AND_WORKER
     steps = 0
     step = EngineBox.post_forward_process
 
@@ -148,9 +175,9 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_nothing_had_happened(
     assert len(_metrics(tmp_path / "part")) == after // 12
     _run(VKD, tmp_path / "part", *more, "--resume", "auto")
     assert steps == 24
-    assert _metrics(tmp_path / "part") == whole
+    assert _metrics(tmp_path / "part") == _metrics(whole)
     for name in ("last.pt", "best.pt"):
-        one, two = (read_checkpoint(tmp_path / run / "checkpoints" / name) for run in ("whole", "part"))
+        one, two = (read_checkpoint(run / "checkpoints" / name) for run in (whole, tmp_path / "part"))
         for part in ("model", "projectors", "ema"):
             assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
 
@@ -182,28 +209,26 @@ def test_checkpoints_every_so_many_steps_and_epochs(tmp_path: Path) -> None:
     assert steps == {"last": 12, "previous": 10, "epoch1": 12}
 
 
-def test_resuming_a_finished_run_trains_nothing_more(tmp_path: Path) -> None:
-    first = _run(VKD, tmp_path / "run")
-    assert _run(VKD, tmp_path / "run", "--resume") == first
+def test_resuming_a_finished_run_trains_nothing_more(copy: Path) -> None:
+    first = _metrics(copy)
+    assert _run(VKD, copy, "--resume") == first
 
 
-def test_an_earlier_run_in_the_folder_is_moved_aside(tmp_path: Path) -> None:
-    _run(VKD, tmp_path / "run")
-    before = (tmp_path / "run" / "summary.json").read_text()
-    _run(VKD, tmp_path / "run", "--seed", "1")
-    assert (tmp_path / "run.1" / "summary.json").read_text() == before
-    assert (tmp_path / "run" / "summary.json").read_text() != before
+def test_an_earlier_run_in_the_folder_is_moved_aside(copy: Path) -> None:
+    before = (copy / "summary.json").read_text()
+    _run(VKD, copy, "--seed", "1")
+    assert (copy.parent / "run.1" / "summary.json").read_text() == before
+    assert (copy / "summary.json").read_text() != before
 
 
-def test_test_only_reports_the_saved_student(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    _run(VKD, tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+def test_test_only_reports_the_saved_student(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
     capfd.readouterr()
-    _run(VKD, tmp_path / "run", "-test_only", "-student_only")
+    _run(VKD, copy, "-test_only", "-student_only")
     err = capfd.readouterr().err
     assert f"test student: top1 {summary['test']['student']['top1']:.4g}" in err
     assert "test teacher" not in err
-    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert json.loads((copy / "summary.json").read_text()) == summary
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -350,12 +375,11 @@ def test_a_readout_that_does_not_fit_is_blamed_at_its_line(tmp_path: Path, capfd
     assert "output of module 'final_conv' of the teacher: readout 'class_token' reads tokens (B, T, C)" in err
 
 
-def test_bad_input_leaves_an_earlier_run_where_it_is(tmp_path: Path) -> None:
-    _run(VKD, tmp_path / "run")
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    _run(VKD, tmp_path / "run", "--set", "train.num_epocs=3", expect=2)
-    _run(VKD, tmp_path / "run", "--set", "train.student.forward_hook.output=[features.tokns]", expect=2)
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").iterdir()}
+def test_bad_input_leaves_an_earlier_run_where_it_is(copy: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (copy / "checkpoints").iterdir()}
+    _run(VKD, copy, "--set", "train.num_epocs=3", expect=2)
+    _run(VKD, copy, "--set", "train.student.forward_hook.output=[features.tokns]", expect=2)
+    assert before == {p: p.stat().st_mtime_ns for p in (copy / "checkpoints").iterdir()}
 
 
 def test_a_corrupt_checkpoint_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

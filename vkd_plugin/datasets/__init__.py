@@ -8,6 +8,7 @@ from .coco import CocoDetection, coco_collate_fn
 from .detection_transforms import RandomSizeCrop, ResizeShortSide
 from .digits import Digits
 from .fashion_mnist import FashionMNIST
+from .fast_compose import FastCompose
 from .image_folder import ImageFolder
 from .mixing import MixingCollator
 from .repeated_augment import RepeatedAugmentSampler
@@ -16,6 +17,7 @@ __all__ = [
     "CocoDetection",
     "Digits",
     "FashionMNIST",
+    "FastCompose",
     "ImageFolder",
     "MixingCollator",
     "RandomGaussianBlur",

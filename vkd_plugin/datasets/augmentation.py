@@ -67,8 +67,11 @@ class RandomGaussianBlur:
         self.max_radius = number("max_radius", max_radius, at_least=self.min_radius)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        radius = random.uniform(self.min_radius, self.max_radius)
-        return image.filter(ImageFilter.GaussianBlur(radius))
+        return image.filter(ImageFilter.GaussianBlur(self.radius()))
+
+    def radius(self) -> float:
+        """Draws one."""
+        return random.uniform(self.min_radius, self.max_radius)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(min_radius={self.min_radius}, max_radius={self.max_radius})"

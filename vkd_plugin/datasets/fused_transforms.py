@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch.utils.data import Dataset
 from torchvision.datasets.vision import StandardTransform
 from torchvision.transforms import Compose, Normalize, RandomCrop, ToTensor
@@ -61,7 +62,7 @@ def fuse(transform: Any) -> Any:
             and one for the target are looked into.
     """
     if type(transform) is Compose:
-        steps = _steps(transform.transforms)
+        steps = cheaper_steps(transform.transforms)
         same = all(step is part for step, part in zip(steps, transform.transforms, strict=False))
         return transform if same and len(steps) == len(transform.transforms) else FusedCompose(transform, steps)
     if type(transform) is StandardTransform:
@@ -98,7 +99,7 @@ class TensorFromTable:
         self.statistics = tuple((tuple(part.mean), tuple(part.std)) for part in transforms[1:])
 
     def __call__(self, image: Any) -> Any:
-        table = _table(image.mode, torch.get_default_dtype(), self.statistics) if _is_plain(image) else None
+        table = self.table(image.mode) if _is_plain(image) else None
         if table is None:
             return _all(self.transforms, image)
         width, height = image.size
@@ -108,6 +109,10 @@ class TensorFromTable:
             # No level lies outside the table; "clip" spares the copy that finding out would take.
             of_channel.take(levels[:, channel], out=values[channel], mode="clip")
         return torch.from_numpy(values).view(-1, height, width)
+
+    def table(self, mode: str) -> np.ndarray | None:
+        """(channels, 256): what each level of each channel of an image becomes; None where there is no saying."""
+        return _table(mode, torch.get_default_dtype(), self.statistics)
 
 
 class PaddedCrop:
@@ -136,7 +141,7 @@ class PaddedCrop:
         return cropped
 
 
-def _steps(transforms: list[Any]) -> list[Transform]:
+def cheaper_steps(transforms: list[Any]) -> list[Transform]:
     """What to do in place of ``transforms``; a step for which nothing cheaper is known is the transform itself."""
     steps: list[Transform] = []
     place = 0
@@ -183,18 +188,19 @@ def _all(transforms: list[Any], image: Any) -> Any:
 
 
 def _is_plain(image: Any) -> bool:
-    return type(image) is Image.Image and image.mode in MODES and 0 not in image.size
+    known = type(image) is Image.Image or isinstance(image, ImageFile)  # as it is, or as it comes of a file
+    return known and image.mode in MODES and 0 not in image.size
 
 
 def _is_plain_normalize(part: Any) -> bool:
-    if type(part) is not Normalize or part.inplace or not _is_plain_module(part):
+    if type(part) is not Normalize or part.inplace or not is_plain_module(part):
         return False
     return all(type(values) in (list, tuple) and all(map(_is_number, values)) for values in (part.mean, part.std))
 
 
 def _margin(part: Any) -> tuple[int, int, int, int] | None:
     """Left, top, right, bottom of a crop that a :class:`PaddedCrop` stands for."""
-    if type(part) is not RandomCrop or not _is_plain_module(part):
+    if type(part) is not RandomCrop or not is_plain_module(part):
         return None
     if part.pad_if_needed or part.padding_mode != "constant" or type(part.fill) is not int or part.fill != 0:
         return None
@@ -207,7 +213,7 @@ def _margin(part: Any) -> tuple[int, int, int, int] | None:
     return left, top, right, bottom
 
 
-def _is_plain_module(part: torch.nn.Module) -> bool:
+def is_plain_module(part: torch.nn.Module) -> bool:
     """Whether calling it is calling its class's ``forward``."""
     own = vars(part)
     return "forward" not in own and not (part._forward_hooks or part._forward_pre_hooks)

@@ -8,6 +8,7 @@ from typing import Any
 import torchvision.datasets
 from PIL import Image
 from torchdistill.datasets.registry import register_dataset
+from torchvision.datasets.folder import default_loader
 
 from ..arguments import one_of
 from .class_folders import check_same_as_train, check_samples, class_names, split_folder
@@ -66,7 +67,8 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         self.num_classes = num_classes
         self._given_root = str(root)
         folder = split_folder(self._given_root, split)
-        super().__init__(str(folder), transform, target_transform, allow_empty=True)  # which check_samples judges
+        # Whether it is empty check_samples judges.
+        super().__init__(str(folder), transform, target_transform, loader=rgb_image, allow_empty=True)
         check_samples(self._given_root, folder, self.classes, self.targets)
         check_same_as_train(self._given_root, folder, self.classes, num_classes)
 
@@ -92,3 +94,13 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         if self.transform is not None:
             image = self.transform(image)
         return image, label if self.target_transform is None else self.target_transform(label)
+
+
+def rgb_image(path: str) -> Any:
+    """The image of a file, in RGB, as torchvision's loader gives it, which copies what is RGB already."""
+    if torchvision.get_image_backend() != "PIL":
+        return default_loader(path)
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")

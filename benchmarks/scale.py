@@ -5,7 +5,8 @@
 Forward and backward of ``OrthogonalProjector`` with each map, and of ``nn.Linear``, which is the product alone: by the
 teacher's width (student 192, 512 rows), by the rows of a batch (192 to 3,024), and by the student's width (teacher
 3,072, 512 rows). Besides, of each map alone: forward and backward of the weight, in which the batch has no part. All
-candidates take turns; medians. Memory is the most that is held at once, beyond what is held before.
+candidates take turns; medians. Memory is the most that is held at once, beyond what is held before; operations are
+counted (see :mod:`benchmarks.flops`), so their exponents are the same on every machine.
 
 An exponent p says that the cost goes as the p-th power of the size: the least-squares line through the logarithms of
 the upper part of the range (the larger half of the sizes), where overheads no longer count.
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.flops import operations
 from benchmarks.measuring import exponent, in_turn, save, setting, show
 from benchmarks.projector import LINEAR, ours, peak_mib, step
 from vkd_plugin.projectors import OrthogonalProjector
@@ -32,6 +34,7 @@ SWEEPS = {
 }
 QUICK = {"teacher": [1536, 3072, 6144], "rows": [512, 1024, 2048], "student": [96, 192, 384]}
 WHOLE, MAP = "projector", "map"
+FIGURES = ("milliseconds", "processor", "mib", "operations")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Row:
         what: the whole projector, or its map alone.
         milliseconds, processor: by the clock and of the processor.
         mib: most memory held at once.
+        operations: counted.
     """
 
     sweep: str
@@ -54,6 +58,7 @@ class Row:
     milliseconds: float
     processor: float
     mib: float
+    operations: int
 
 
 def weigh(module: OrthogonalProjector, cotangent: Tensor) -> None:
@@ -82,9 +87,9 @@ def measure(sweep: str, size: int, repeats: int, device: str) -> list[Row]:
         calls[name, WHOLE] = partial(step, module, x, cotangent)
         if isinstance(module, OrthogonalProjector) and sweep != "rows":
             calls[name, MAP] = partial(weigh, module, of_weight)
-    peaks = {}
+    peaks, counts = {}, {}
     for key, call in calls.items():
-        call()  # warm
+        counts[key] = operations(call)  # and warm
         peaks[key] = max(peak_mib(call, device) for _ in range(2))  # the profiler misses an allocation now and then
 
     def finished(call: Callable[[], None]) -> None:
@@ -96,7 +101,7 @@ def measure(sweep: str, size: int, repeats: int, device: str) -> list[Row]:
     found = []
     for name, what in calls:
         wall, cpu = times[f"{name}/{what}"]
-        found.append(Row(sweep, size, name, what, 1e3 * wall, 1e3 * cpu, peaks[name, what]))
+        found.append(Row(sweep, size, name, what, 1e3 * wall, 1e3 * cpu, peaks[name, what], counts[name, what]))
     return found
 
 
@@ -106,7 +111,7 @@ def upper(sizes: list[int]) -> list[int]:
 
 
 def exponents(table: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Sweep -> ``name, what`` -> exponents of ``milliseconds``, ``processor`` and ``mib``, over the upper sizes."""
+    """Sweep -> ``name, what`` -> exponents of each figure of a row, over the upper sizes."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for sweep in dict.fromkeys(row.sweep for row in table):
         own = [row for row in table if row.sweep == sweep]
@@ -115,7 +120,7 @@ def exponents(table: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
             rows = [row for row in own if (row.name, row.what) == key and row.size in sizes]
             found.setdefault(sweep, {})[", ".join(key)] = {
                 figure: exponent([row.size for row in rows], [getattr(row, figure) for row in rows])
-                for figure in ("milliseconds", "processor", "mib")
+                for figure in FIGURES
             }
     return found
 
@@ -127,13 +132,13 @@ def report(sweep: str, table: list[Row], fitted: Mapping[str, Mapping[str, float
     )
     sizes = list(dict.fromkeys(row.size for row in table))
     print(f"\n{student} -> {teacher}, {rows} rows: ms (MiB), by N")
-    title = f"exponent, N >= {upper(sizes)[0]}"
-    print(f"{'':24}" + "".join(f"{size:>16}" for size in sizes) + f"{title:>24}")
+    title = f"exponents, N >= {upper(sizes)[0]}"
+    print(f"{'':24}" + "".join(f"{size:>16}" for size in sizes) + f"{title:>24}: ms (MiB), operations")
     for key, found in fitted.items():
         own = [row for row in table if f"{row.name}, {row.what}" == key]
         cells = [f"{row.milliseconds:.2f} ({row.mib:.1f})" for row in own]
         print(f"{key:24}" + "".join(f"{cell:>16}" for cell in cells), end="")
-        print(f"{found['milliseconds']:18.2f} ({found['mib']:.2f})", flush=True)
+        print(f"{found['milliseconds']:18.2f} ({found['mib']:.2f}), {found['operations']:.2f}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

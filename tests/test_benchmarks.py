@@ -144,9 +144,10 @@ def test_the_upper_part_of_a_range() -> None:
 
 def test_exponents_by_sweep_and_candidate() -> None:
     """A cost that is constant at first and quadratic later is quadratic."""
-    rows = [scale.Row("teacher", n, "polar", "map", max(n, 8) ** 2, n, 3.0) for n in (2, 4, 8, 16, 32)]
+    rows = [scale.Row("teacher", n, "polar", "map", max(n, 8) ** 2, n, 3.0, n**3) for n in (2, 4, 8, 16, 32)]
     found = scale.exponents(rows)["teacher"]["polar, map"]
-    assert found == pytest.approx({"milliseconds": 2.0, "processor": 1.0, "mib": 0.0}, abs=1e-12)
+    expected = {"milliseconds": 2.0, "processor": 1.0, "mib": 0.0, "operations": 3.0}
+    assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_size_of_a_sweep() -> None:
@@ -154,6 +155,7 @@ def test_a_size_of_a_sweep() -> None:
     assert {row.what for row in rows} == {scale.WHOLE, scale.MAP}
     assert {row.name for row in rows if row.what == scale.MAP} == {r.name for r in rows} - {scale.LINEAR}
     assert all(row.milliseconds > 0 and row.mib > 0 for row in rows)
+    assert next(row.operations for row in rows if row.name == scale.LINEAR) == 3 * 2 * 8 * 3072 * 512
     assert scale.sizes_of("teacher", 7) == (192, 7, 512)
     assert scale.sizes_of("rows", 7) == (192, 3024, 7)
 

@@ -1,5 +1,6 @@
 """The benchmarks answer to ``--help``, and what they compute from what they measure is right. No time is asserted."""
 
+import argparse
 import importlib
 import itertools
 import subprocess
@@ -31,6 +32,24 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         script.main()
     assert ended.value.code == 0
     assert "--" in capsys.readouterr().out
+
+
+class _ParsedError(Exception):
+    """Ends a script as soon as its arguments are understood."""
+
+
+@pytest.mark.parametrize("name", all_of_them.SHORT)
+def test_the_arguments_of_a_short_round_are_those_of_the_script(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self: argparse.ArgumentParser, *args: Any) -> None:
+        parse(self, *args)
+        raise _ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [name, *all_of_them.SHORT[name], "--json", "out.json"])
+    with pytest.raises(_ParsedError):
+        importlib.import_module(f"benchmarks.{name}").main()
 
 
 def test_a_short_round_names_what_is_there_and_goes_on_where_one_fails(

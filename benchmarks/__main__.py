@@ -23,7 +23,6 @@ SHORT = {
     "teacher_cache": ["--experiments", "quickstart", "--rounds", "4"],
     "scale": ["--quick", "--repeats", "3"],
     "flops": [],
-    "loader": ["--rounds", "3", "--images", "64"],
 }
 
 

@@ -20,10 +20,10 @@ In place of torchvision's, with the very list of transforms that it has::
               init: {kwargs: {mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}}
 
 The same random numbers are drawn in the same order, so each image has the crop, the flip, the colours and the blur that
-it has under torchvision's ``Compose``. What differs is arithmetic. torch resizes (with vector instructions, in fixed
-point as Pillow does; a pixel in hundreds comes out a grey level apart), and from there on pixels are float32 numbers,
-where Pillow rounds them to whole grey levels after each step. Only what the transforms themselves cut off at 0 and 255
-is cut off. What is drawn and what comes of it depend neither on threads nor on workers.
+it has under torchvision's ``Compose``. Two results differ by rounding: torch resizes, in fixed point and rounding
+between the two directions as Pillow does, but not always in Pillow's order; and the blur rounds once, where Pillow
+rounds after each of six box filters. The rest is Pillow's and torchvision's arithmetic to the last bit. Neither threads
+nor workers make a difference.
 """
 
 import math

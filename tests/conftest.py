@@ -12,6 +12,21 @@ from imagenet_helper import sound, tree  # noqa: F401 - fixtures
 LONGEST_FIRST = (
     "test_faults.py",
     "test_run.py",
+    "test_check.py",
+    "test_mistakes_catalogue.py",
+    "test_imagenet_evidence.py",
+    "test_sharding.py",
+    "test_torchdistill_compat.py",
+    "test_docs.py",
+    "test_switches.py",
+    "test_teacher_cache.py",
+    "test_report.py",
+    "test_contract.py",
+    "test_coco_configs.py",
+    "test_imagenet_configs.py",
+    "test_vidt_parity.py",
+    "test_vidt.py",
+    "test_checkpoint_files.py",
 )
 """Files that take longest, in the order in which they start: one that starts last keeps one process busy alone."""
 

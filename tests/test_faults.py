@@ -56,6 +56,8 @@ LITTLE = ("--set", "train.num_epochs=1", "--set", "datasets.digits/train.init.kw
 
 # What is executed before the run.
 
+UNCHECKED = "import vkd_plugin.engine.run as unchecked\nunchecked.prove = lambda experiment: []\n"
+
 AT_STEPS = """
 import os, signal, sys, time
 from vkd_plugin.engine.box import EngineBox
@@ -181,18 +183,40 @@ class Runs:
         self._nursery, self._folder, self._count = nursery, folder, itertools.count()
         self.started: list[Run] = []
 
-    def start(self, output: Path, *more: str, before: str = "", **environment: str) -> Run:
+    def start(self, output: Path, *more: str, before: str = "", checked: bool = False, **environment: str) -> Run:
+        """A run of :data:`SHORT`, with the check that comes before training only if ``checked``.
+
+        The check takes longer than the training and is over before most faults. ``whole`` and ``pair``, which the
+        others are to equal, have it, and so have runs that end at any moment.
+        """
+        before = ("" if checked else UNCHECKED) + before
         err = self._folder / f"{next(self._count)}.err"
         dst = () if any("dst_ckpt" in part for part in more) else NO_STUDENT
         run = self._nursery.start([*SHORT, *dst, "--output", str(output), *more], err, before, environment)
         self.started.append(run)
         return run
 
-    def __call__(self, output: Path, *more: str, before: str = "", expect: int = 0, **environment: str) -> str:
+    def __call__(
+        self,
+        output: Path,
+        *more: str,
+        before: str = "",
+        checked: bool = False,
+        expect: int = 0,
+        **environment: str,
+    ) -> str:
         """What a run says from beginning to end."""
-        return ended(self.start(output, *more, before=before, **environment), expect)
+        return ended(self.start(output, *more, before=before, checked=checked, **environment), expect)
 
-    def together(self, output: Path, number: int, *more: str, before: str = "", only: int | None = None) -> list[Run]:
+    def together(
+        self,
+        output: Path,
+        number: int,
+        *more: str,
+        before: str = "",
+        checked: bool = False,
+        only: int | None = None,
+    ) -> list[Run]:
         """``number`` processes of one run, without a launcher; ``before`` is for rank ``only``, if given."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -203,6 +227,7 @@ class Runs:
                 output,
                 *more,
                 before=before if only in (None, rank) else "",
+                checked=checked,
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
                 **place,
@@ -245,7 +270,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def whole(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    runs(folder)
+    runs(folder, checked=True)
     return folder
 
 
@@ -376,10 +401,11 @@ def _killed_again_and_again(
     for kill in range(kills):
         nearly_done = last_checkpoint.exists() and torch.load(last_checkpoint)["step"] > EPOCHS * STEPS - 8
         within = draw.random() < 0.6
-        call = draw.randint(1, 3 if nearly_done else 7) if within else 0
+        most = 3 if nearly_done else 7 if last_checkpoint.exists() else 12  # the first checkpoint is the seventh write
+        call = draw.randint(1, most) if within else 0
         before = DISTURBED_WRITES.format(seed=draw.randrange(2**32), sleep=0.01, kill=call)
         begun = _written(folder / "log.txt")
-        run = runs.start(folder, *EACH_STEP, *RESUME, *draw.choice(choices), before=before)
+        run = runs.start(folder, *EACH_STEP, *RESUME, *draw.choice(choices), before=before, checked=True)
         if not within:
             if draw.random() < 0.8:  # the rest is killed while it is set up
                 _wait_for_training(run, folder, begun)
@@ -795,7 +821,7 @@ def test_a_worker_of_the_validation_that_is_killed(runs: Runs, whole: Path, tmp_
 def pair(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes that nobody disturbs."""
     folder = tmp_path_factory.mktemp("pair") / "run"
-    for run in runs.together(folder, 2, *HALF_BATCH):
+    for run in runs.together(folder, 2, *HALF_BATCH, checked=True):
         ended(run)
     return folder
 
@@ -1034,7 +1060,8 @@ def test_signals_at_any_moment(runs: Runs, whole: Path, tmp_path: Path, draw: ra
     for _ in range(signals):
         number = draw.choice(SIGNALS)
         before = DISTURBED_WRITES.format(seed=draw.randrange(2**32), sleep=0.005, kill=0)
-        run = runs.start(folder, *RESUME, *draw.choice([(), EACH_STEP, WORKERS]), before=before)
+        more = draw.choice([(), EACH_STEP, WORKERS])
+        run = runs.start(folder, *RESUME, *more, before=before, checked=True)
         time.sleep(draw.uniform(0.0, 2.0))
         run.signal(number)
         code = run.wait()
@@ -1092,7 +1119,7 @@ def test_another_experiment_is_refused(runs: Runs, copy: Path) -> None:
     (line,) = errors(runs(copy, *EACH_STEP, "--seed", "1", *RESUME, expect=2))
     assert "--seed: 0 -> 1" in line
     assert _contents(copy) == before
-    err = runs(copy, *EACH_STEP, *change, *RESUME, "--allow-config-change")
+    err = runs(copy, *EACH_STEP, *change, *RESUME, "--allow-config-change", checked=True)
     assert "train.optimizer.kwargs.lr: 0.003 -> 0.001" in err
     assert len(metrics(copy)) == EPOCHS
 
@@ -1119,7 +1146,8 @@ def test_a_finished_run_stays_as_it_is(runs: Runs, whole: Path, tmp_path: Path) 
 def test_a_loss_that_is_not_a_number(runs: Runs, whole: Path, tmp_path: Path) -> None:
     folder, file = tmp_path / "run", tmp_path / "batches"
     bad = STEPS + 4
-    err = runs(folder, *EACH_STEP, before=NOT_A_NUMBER.format(steps=[bad], file=str(file)), expect=3)
+    spoil = NOT_A_NUMBER.format(steps=[bad], file=str(file))
+    err = runs(folder, *EACH_STEP, before=spoil, checked=True, expect=3)
     assert "the loss is nan (ce " in errors(err)[0]
     assert "vkd nan" in errors(err)[0]
     (found,) = folder.glob("nonfinite-step*.json")

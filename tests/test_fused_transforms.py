@@ -276,6 +276,12 @@ def test_data_sets_have_their_transforms_back() -> None:
         assert (inner.transform, inner.transforms) == (transform, pair)
 
 
+def test_other_attributes_of_these_names_are_left() -> None:
+    dataset = Transforms(dataset=np.zeros(3), datasets=np.zeros(3), org_dataset="a name", transform="another")
+    with fused(dataset):
+        assert dataset[0][0] == {"dataset": np.ndarray, "datasets": np.ndarray, "org_dataset": str, "transform": str}
+
+
 def test_blocks_within_each_other() -> None:
     transform = Compose([ToTensor(), IMAGENET])
     dataset = Transforms(transform=transform)

@@ -234,5 +234,7 @@ def _with_wrapped(dataset: Any) -> Iterator[dict[str, Any]]:
             continue
         seen.add(id(holder))
         yield attributes
-        inner = [attributes.get("org_dataset"), attributes.get("dataset"), *(attributes.get("datasets") or ())]
+        several = attributes.get("datasets")
+        inner = [attributes.get("org_dataset"), attributes.get("dataset")]
+        inner += several if isinstance(several, list | tuple) else []
         left.extend(part for part in inner if isinstance(part, Dataset))

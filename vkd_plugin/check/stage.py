@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchdistill.losses.high_level import AbstractLoss
 
@@ -290,7 +291,8 @@ class Stage:
         for section, model in models.items():
             facts = next(facts for facts in self.notes.facts.models if facts.role == section)
             with self.notes.collecting("models", section), _evaluating(model), naming_the_module(model):
-                with FlopCounterMode(display=False) as flops:
+                # In plain products, as not every torch counts the CPU's fused attention.
+                with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
                     outputs = model(validated[0])
                 facts.flops = flops.get_total_flops() // len(validated[0])
                 if self.task.lists:

@@ -247,6 +247,26 @@ def test_channels_last(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert_rounded(last, first, tolerance=2 * (LR / EPS) * 12 * 16**2 * 2**-53)
 
 
+@pytest.mark.parametrize("given", [{"teacher": True}, {"student": True}, {"student": True, "teacher": True}])
+def test_channels_last_of_one_side_alone(given: dict[str, bool]) -> None:
+    experiment = load_experiment("tests/data/configs/distill.yaml", [f"train.channels_last={json.dumps(given)}"])
+    models = dict(zip(("teacher", "student"), model_sections(experiment), strict=True))
+    built = {side: build_model(experiment, section, CPU, False) for side, section in models.items() if section}
+    seen = {}
+    for side, model in built.items():  # 16 x 16 pixels and 64 channels: here the two orders are told apart
+
+        def look(module: nn.Module, inputs: Any, out: Tensor, side: str = side) -> None:
+            seen[side] = out.is_contiguous(memory_format=torch.channels_last)
+
+        model.get_submodule("layer1").register_forward_hook(look)
+    run = Trainer(experiment, built["teacher"], built["student"], Processes(0, 1, CPU), None, 0)
+    loader = run._train_loader()
+    run.box.pre_epoch_process(epoch=0)
+    set_position(loader, 0)
+    run._step(next(iter(loader)), loader, False)
+    assert seen == {side: given.get(side, False) for side in built}
+
+
 @pytest.fixture(scope="module")
 def cnn(tmp_path_factory: pytest.TempPathFactory) -> Left:
     return train(tmp_path_factory.mktemp("cnn"), FUSED, config=CNN)

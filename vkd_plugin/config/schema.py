@@ -211,7 +211,7 @@ ENGINE: dict[str, Spec] = {
     "teacher_amp": AMP,
     "ema": Section({"decay": Number(low=0, high=1)}, ("decay",), nullable=True),
     "compile": Section({"student": COMPILE, "teacher": COMPILE}, nullable=True),
-    "channels_last": Flag(),
+    "channels_last": Either((Flag(), Section({"student": Flag(), "teacher": Flag()}))),
     "checkpoint": Section(
         {"every_steps": COUNT, "keep": COUNT, "on_error": Text(choices=("stop", "continue"))}, nullable=True
     ),

@@ -1,9 +1,23 @@
-"""The order in memory of what an optimizer keeps."""
+"""Orders in memory: of models and images, and of what an optimizer keeps."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .sharding import local
+
+
+def channels_last(train: Mapping[str, Any]) -> dict[str, bool]:
+    """Of ``student`` and ``teacher``, whether the YAML's ``train`` wants their channels innermost.
+
+    A convolution puts out that order if its weight or what it is given has it. So images are given it where both sides
+    want it; where one does, its weights see to it.
+    """
+    given = train.get("channels_last") or False
+    sides = ("student", "teacher")
+    return {side: bool(given.get(side)) if isinstance(given, Mapping) else bool(given) for side in sides}
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from .box import EngineBox, build_box
 from .build import blame, check_validation, for_processes
 from .ema import StudentEMA
 from .guard import weights_are_finite
-from .layout import lay_out_like_weights
+from .layout import channels_last, lay_out_like_weights
 from .loaders import (
     Position,
     batches_in_epoch,
@@ -106,7 +106,10 @@ class Trainer:
         device = processes.device
         with blame(experiment, "train", "amp"):
             self.precision = Precision(self.config.get("amp"), device, self.config.get("teacher_amp"))
-        self._use_channels_last(teacher, student)
+        self._channels_last = channels_last(self.config)
+        for side, model in (("teacher", teacher), ("student", student)):
+            if model is not None and self._channels_last[side]:
+                model.to(memory_format=torch.channels_last)
         skips_allowed = int(self.config.get("skip_nonfinite") or 0)
         decay = (self.config.get("ema") or {}).get("decay")
         with blame(experiment, "train", "ema"):  # before the student is in shards, which cannot be copied
@@ -216,7 +219,8 @@ class Trainer:
     def _step(self, batch: Any, loader: DataLoader[Any], logs: bool) -> None:
         box = self.box
         samples, targets, supplement = self._transfer(lambda: self.task.unpack(batch, self.processes.device))
-        samples = self._channels_last(samples)
+        if all(self._channels_last.values()) and isinstance(samples, Tensor) and samples.dim() == 4:
+            samples = samples.contiguous(memory_format=torch.channels_last)
         address(self.seed, self.step, self.processes.rank)
         loss = self._forward(samples, targets, supplement)
         steps_before = box.optimizer_steps
@@ -515,17 +519,6 @@ class Trainer:
                 "the frozen teacher changed during training (parameters or BatchNorm statistics): "
                 "the student was not distilled from the teacher that the configuration names"
             )
-
-    def _use_channels_last(self, *models: nn.Module | None) -> None:
-        if self.config.get("channels_last"):
-            for model in models:
-                if model is not None:
-                    model.to(memory_format=torch.channels_last)
-
-    def _channels_last(self, samples: Any) -> Any:
-        if self.config.get("channels_last") and isinstance(samples, Tensor) and samples.dim() == 4:
-            return samples.contiguous(memory_format=torch.channels_last)
-        return samples
 
     def _count_parameters(self) -> dict[str, int]:
         student = self.box.bare_student

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..config import Experiment
 from ..engine.build import blame, is_staged
+from ..engine.layout import channels_last
 from ..engine.processes import Processes
 from ..engine.randomness import Views
 from .cache import DTYPES, TeacherCache
@@ -65,7 +66,9 @@ def open_cache(experiment: Experiment, box: "EngineBox", teacher: nn.Module, pro
         folder, dtype = Path(config["folder"]), config.get("dtype", "bfloat16")
         dataset: Any = box.train_data_loader.dataset
         described = {name: section.get(name) for name in ("key", "repo_or_dir", "args", "kwargs")}
-        precision = ", ".join(f"{key} {train.get(key) or None}" for key in ("amp", "teacher_amp", "channels_last"))
+        computing = {key: train.get(key) for key in ("amp", "teacher_amp")}
+        computing["channels_last"] = channels_last(train)["teacher"]
+        precision = ", ".join(f"{key} {value or None}" for key, value in computing.items())
         if getattr(dataset, "on_error", None) == "skip":
             raise ValueError(
                 "with on_error: 'skip' another image may stand in a sample's place, whose outputs it is not"

@@ -16,7 +16,6 @@ these, the part of its time in which the engine waited for data, and, from a few
 step consists of. Students this small are the worst case: what a loop adds to a step does not grow with the student.
 """
 
-import argparse
 import copy
 import statistics
 import tempfile
@@ -36,7 +35,7 @@ from torchdistill.common import yaml_util
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.misc.log import MetricLogger, SmoothedValue
 
-from benchmarks.measuring import in_turn, ratios, save, setting, show, taken
+from benchmarks.measuring import in_turn, of_experiments, ratios, save, taken
 from vkd_plugin.config import Experiment, load_experiment
 from vkd_plugin.decay import no_matrices
 from vkd_plugin.engine import train as engine_train
@@ -45,7 +44,6 @@ from vkd_plugin.engine.build import build_model, model_sections
 from vkd_plugin.engine.loaders import set_position
 from vkd_plugin.engine.processes import Processes
 from vkd_plugin.engine.train import Trainer
-from vkd_plugin.errors import UserError
 from vkd_plugin.projectors import OrthogonalProjector
 
 CONFIGS = {
@@ -412,27 +410,10 @@ def report(name: str, result: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.engine",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    file, about, results = of_experiments(
+        "engine", __doc__, CONFIGS, "epochs of each loop that are counted", measure, report, argv
     )
-    parser.add_argument("--experiments", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--rounds", type=int, default=10, help="epochs of each loop that are counted")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args(argv)
-
-    about = setting("engine", args, argv)
-    show(about)
-    results = {}
-    for name in args.experiments:
-        try:
-            results[name] = measure(CONFIGS[name], args.rounds)
-        except UserError as error:  # Fashion-MNIST is not everywhere
-            print(f"\n{name}: left out: {error}")
-            continue
-        report(name, results[name])
-    save(args.json, about, results)
+    save(file, about, results)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ what part of a step each group is.
 import argparse
 import copy
 import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,8 @@ from timm.layers import BatchNormAct2d, ConvNormAct
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from benchmarks.projector import machine, peak_mib
+from benchmarks import measuring
+from benchmarks.projector import peak_mib
 from benchmarks.step import Setting, measure, ours
 from vkd_plugin.losses import FeaturePair
 from vkd_plugin.losses.feature_pair import ReadOut
@@ -171,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--compile", action="store_true", help="also what is compiled")
     add("--json", type=Path, metavar="OUT", help="write the figures and the machine to this file")
     args = parser.parse_args(argv)
-    setting = Setting(args)
+    where, setting = measuring.setting("levers", args, argv), Setting(args)
     found: dict[str, Any] = {}
     for group in args.only:
         if group == "memory":
@@ -190,12 +189,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {name:26}{clock}{row['processor_milliseconds']:20.1f}{row['processor_ratio']:9.3f}", flush=True)
     if args.json:
         about = {
-            "command": " ".join(["python -m benchmarks.levers", *(sys.argv[1:] if argv is None else argv)]),
-            "machine": machine(setting.device.type),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **where,
             "timm": timm.__version__,
-            "date": time.strftime("%Y-%m-%d"),
         }
         args.json.write_text(json.dumps({**about, "groups": found}, indent=1) + "\n")
 

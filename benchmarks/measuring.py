@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.projector import machine
+from vkd_plugin.errors import UserError
 
 
 class Taken(NamedTuple):
@@ -94,3 +95,48 @@ def save(file: Path | None, about: Mapping[str, Any], results: Any) -> None:
     """Writes setting and results as JSON; nothing without a file."""
     if file is not None:
         file.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+
+
+def of_experiments(
+    name: str,
+    description: str | None,
+    configs: Mapping[str, str],
+    counted: str,
+    measure: Callable[[str, int], dict[str, Any]],
+    report: Callable[[str, dict[str, Any]], None],
+    argv: Sequence[str] | None = None,
+) -> tuple[Path | None, dict[str, Any], dict[str, Any]]:
+    """The command line of a benchmark that measures experiments, some of which may lack their data.
+
+    Args:
+        name: of the module in this folder.
+        description: for ``--help``.
+        configs: experiments by name.
+        counted: what ``--rounds`` are.
+        measure: an experiment's file and the rounds -> figures.
+        report: prints the figures of an experiment.
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        The file of ``--json``, the setting, and figures by experiment.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--experiments", nargs="+", choices=configs, default=list(configs))
+    parser.add_argument("--rounds", type=int, default=10, help=counted)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args(argv)
+    about = setting(name, args, argv)
+    show(about)
+    results: dict[str, Any] = {}
+    for experiment in args.experiments:
+        try:
+            results[experiment] = measure(configs[experiment], args.rounds)
+        except UserError as error:  # Fashion-MNIST is not everywhere
+            print(f"\n{experiment}: left out: {error}")
+            continue
+        report(experiment, results[experiment])
+    return args.json, about, results

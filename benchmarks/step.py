@@ -24,7 +24,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,8 +39,9 @@ from timm.task.distillation import FeatureDistillationTask
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
+from benchmarks import measuring
 from benchmarks.parts import NEEDED, parts
-from benchmarks.projector import machine, peak_mib
+from benchmarks.projector import peak_mib
 from vkd_plugin.config import load_experiment
 from vkd_plugin.datasets.tiny_imagenet import write_tree
 from vkd_plugin.engine.build import build_model, model_sections
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--compile", action="store_true", help="compile teacher and student, but the reference's student")
     add("--json", type=Path, metavar="OUT", help="write the figures and the machine to this file")
     args = parser.parse_args(argv)
-    setting = Setting(args)
+    where, setting = measuring.setting("step", args, argv), Setting(args)
     steps = {name: STEPS[name](setting) for name in args.only}
     found = measure(steps, args.rounds, setting)
     base = args.only[0]
@@ -306,13 +306,9 @@ def main(argv: list[str] | None = None) -> None:
     show(summaries, shares, base)
     if args.json:
         about: dict[str, Any] = {
-            "command": " ".join(["python -m benchmarks.step", *(sys.argv[1:] if argv is None else argv)]),
+            **where,
             **{name: str(value) for name, value in vars(args).items() if name not in ("json", "only")},
-            "machine": machine(setting.device.type),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
             "timm": timm.__version__,
-            "date": time.strftime("%Y-%m-%d"),
         }
         rounds = {name: {"seconds": f.seconds, "processor": f.processor} for name, f in found.items()}
         text = json.dumps(

@@ -13,7 +13,6 @@ are as small as their students. So the last line says what it takes to read rows
 to.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Mapping
@@ -23,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engine import CONFIGS, Engine
-from benchmarks.measuring import in_turn, ratios, save, setting, show, taken
-from vkd_plugin.errors import UserError
+from benchmarks.measuring import in_turn, of_experiments, ratios, save, taken
 from vkd_plugin.teacher_cache.rows import Rows
 
 NONE, FILLING, FULL = "none", "filling", "full"
@@ -108,32 +106,15 @@ def report(name: str, result: Mapping[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.teacher_cache",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    file, about, results = of_experiments(
+        "teacher_cache", __doc__, CONFIGS, "epochs of each run that are counted", measure, report, argv
     )
-    parser.add_argument("--experiments", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--rounds", type=int, default=10, help="epochs of each run that are counted")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    args = parser.parse_args(argv)
-
-    about = setting("teacher_cache", args, argv)
-    show(about)
-    results: dict[str, Any] = {}
-    for name in args.experiments:
-        try:
-            results[name] = measure(CONFIGS[name], args.rounds)
-        except UserError as error:  # Fashion-MNIST is not everywhere
-            print(f"\n{name}: left out: {error}")
-            continue
-        report(name, results[name])
     results["reading"] = reading(samples=10_000, batch=256, rounds=20)
     print(
         f"\nrows of {IMAGENET_ROW} bytes: {results['reading']['read']:.1f} microseconds an image to read, "
         f"{results['reading']['write']:.1f} to write"
     )
-    save(args.json, about, results)
+    save(file, about, results)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 from torchdistill.core.forward_hook import ForwardHookManager
-from torchdistill.losses.mid_level import SRDLoss
+from torchdistill.losses.mid_level import ATLoss, SRDLoss
 from torchdistill.losses.registry import get_high_level_loss, get_mid_level_loss
 
 import vkd_plugin.losses.registration  # noqa: F401 - makes the keys known to torchdistill
 from vkd_plugin.errors import ConfigError
 from vkd_plugin.losses import (
     DISTANCES,
+    AttentionTransferLoss,
     FeaturePair,
     HardTeacherCrossEntropy,
     SoftTargetCrossEntropy,
@@ -437,7 +438,7 @@ def test_unknown_arguments_are_type_errors(call: Callable[[], object], message: 
 # --- YAML
 
 
-@pytest.mark.parametrize("cls", [VkDLoss, SoftTargetCrossEntropy, SoftTargetKLLoss, FeaturePair])
+@pytest.mark.parametrize("cls", [VkDLoss, SoftTargetCrossEntropy, SoftTargetKLLoss, AttentionTransferLoss, FeaturePair])
 def test_yaml_of_the_docstring_builds_the_class(cls: type[nn.Module]) -> None:
     assert cls.__doc__ is not None
     block = re.search(r"code-block:: yaml\n\n(( {8}.*\n)+)", cls.__doc__)
@@ -445,7 +446,7 @@ def test_yaml_of_the_docstring_builds_the_class(cls: type[nn.Module]) -> None:
     term = yaml.safe_load(block.group(1))
     criterion = get_high_level_loss({"key": "WeightedSumLoss", "kwargs": {"sub_terms": {"term": term}}})
     (module, weight) = criterion.term_dict["term"]
-    assert weight == 1.0
+    assert weight == term["weight"]
     assert any(type(m) is cls for m in module.modules())
     assert cls.__name__ in str(criterion)
 
@@ -472,3 +473,67 @@ def test_the_teachers_decision_is_the_label() -> None:
     assert teacher.grad is None
     with pytest.raises(ValueError, match=r"HardTeacherCrossEntropy reads two sets of logits .* student \(7, 5\)"):
         HardTeacherCrossEntropy()(student, teacher[:, :4])
+
+
+# --- AttentionTransferLoss
+
+
+def test_attention_transfer_of_maps_of_one_size_is_torchdistills() -> None:
+    student, teacher = rand(3, 5, 4, 6), rand(3, 7, 4, 6, seed=1)
+    pairs = {side: {"path": "layer", "io": "output"} for side in ("student", "teacher")}
+    reference = ATLoss({"pair": pairs}, mode="code")
+    expected = reference({"layer": {"output": student}}, {"layer": {"output": teacher}})
+    pair = FeaturePair(
+        AttentionTransferLoss(),
+        {"module": "layer", "readout": "attention_map"},
+        {"module": "layer", "readout": "attention_map"},
+    )
+    actual = pair({"layer": {"output": student}}, {"layer": {"output": teacher}})
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_attention_of_tokens_against_a_finer_map_by_loops() -> None:
+    tokens = rand(2, 5, 3).requires_grad_()  # one class token, 2 x 2 patches
+    feature_map = rand(2, 4, 6, 4, seed=1).requires_grad_()
+    pair = FeaturePair(
+        AttentionTransferLoss(),
+        {"module": "blocks", "readout": "token_attention_map", "num_prefix_tokens": 1},
+        {"module": "conv", "readout": "attention_map"},
+    )
+    loss = pair({"blocks": {"output": tokens}}, {"conv": {"output": feature_map}})
+
+    def unit(values: list[float]) -> list[float]:
+        return [v / math.sqrt(sum(u * u for u in values)) for v in values]
+
+    total = 0.0
+    for b in range(2):
+        looked_at = unit([float(tokens[b, 1 + i].detach().square().sum()) for i in range(4)])
+        cells = [feature_map[b, :, 3 * i : 3 * i + 3, 2 * j : 2 * j + 2] for i in range(2) for j in range(2)]
+        aim = unit([float(cell.detach().square().sum()) for cell in cells])
+        total += sum((s - t) ** 2 for s, t in zip(looked_at, aim, strict=True))
+    assert float(loss.detach()) == pytest.approx(total / 8, rel=1e-12)
+    loss.backward()
+    assert tokens.grad is not None
+    assert (tokens.grad[:, 0] == 0).all()  # the class token has no place on the map
+    assert (tokens.grad[:, 1:] != 0).any(dim=2).all()
+    assert feature_map.grad is None
+
+
+def test_attention_transfer_does_not_see_how_large_features_are() -> None:
+    student, teacher = rand(2, 4, 4).square(), rand(2, 4, 4, seed=1).square()
+    loss = AttentionTransferLoss()
+    torch.testing.assert_close(loss(3 * student, 0.1 * teacher), loss(student, teacher), rtol=1e-12, atol=0)
+    assert float(loss(student, 5 * student)) < 1e-30
+    half = loss((300 * student).half(), teacher.half())  # squares beyond float16 are the readouts' affair
+    assert half.dtype == torch.float32
+
+
+def test_attention_transfer_gradient_by_finite_differences() -> None:
+    student, teacher = rand(2, 4, 6).square().add(0.1).requires_grad_(), rand(2, 8, 3, seed=1).square()
+    assert torch.autograd.gradcheck(lambda x: AttentionTransferLoss()(x, teacher), student)
+
+
+@pytest.mark.parametrize("student", [rand(2, 16), rand(2, 3, 4, 4), rand(3, 4, 4)])
+def test_attention_transfer_reads_maps_of_as_many_images(student: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"reads two attention maps \(B, H, W\) .* teacher \(2, 4, 4\)"):
+        AttentionTransferLoss()(student, rand(2, 4, 4))

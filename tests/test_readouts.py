@@ -27,7 +27,36 @@ def test_map_readouts() -> None:
     assert READOUTS["identity"](MAP) is MAP
 
 
-@pytest.mark.parametrize(("name", "x"), [("mean_patch_tokens", MAP), ("spatial_mean", TOKENS), ("class_token", MAP)])
+def test_attention_maps() -> None:
+    expected = torch.stack(
+        [
+            torch.stack([torch.stack([(MAP[b, :, i, j] ** 2).sum() / 3 for j in range(5)]) for i in range(4)])
+            for b in (0, 1)
+        ]
+    )
+    torch.testing.assert_close(READOUTS["attention_map"](MAP), expected)
+    expected = torch.stack([(TOKENS[:, 2 + i] ** 2).sum(dim=1) / 3 for i in range(4)], dim=1).reshape(2, 2, 2)
+    torch.testing.assert_close(READOUTS["token_attention_map"](TOKENS, 2), expected)
+    large = READOUTS["attention_map"](torch.full((1, 2, 1, 1), 1000.0, dtype=torch.float16))
+    assert large.dtype == torch.float32
+    assert float(large) == 1e6  # beyond float16
+
+
+def test_patch_tokens_must_make_a_square_map() -> None:
+    with pytest.raises(ValueError, match="reads patch tokens that make a square, got 5 behind num_prefix_tokens=1"):
+        READOUTS["token_attention_map"](TOKENS, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "x"),
+    [
+        ("mean_patch_tokens", MAP),
+        ("spatial_mean", TOKENS),
+        ("class_token", MAP),
+        ("attention_map", TOKENS),
+        ("token_attention_map", MAP),
+    ],
+)
 def test_a_shape_that_does_not_fit_is_named(name: str, x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=rf"readout '{name}' reads .*, got a tensor of shape"):
         READOUTS[name](x)

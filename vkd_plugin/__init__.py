@@ -3,7 +3,14 @@
 Importing the package registers everything with torchdistill; ``dependencies: ['vkd_plugin']`` in a YAML is enough.
 """
 
-from .losses import FeaturePair, HardTeacherCrossEntropy, SoftTargetCrossEntropy, SoftTargetKLLoss, VkDLoss
+from .losses import (
+    AttentionTransferLoss,
+    FeaturePair,
+    HardTeacherCrossEntropy,
+    SoftTargetCrossEntropy,
+    SoftTargetKLLoss,
+    VkDLoss,
+)
 from .normalization import Normalization, normalize
 from .projectors import LinearProjector, MLPProjector, OrthogonalProjector, ReleasedProjector
 from .stiefel import orthogonalize
@@ -14,6 +21,7 @@ from . import registration  # isort: skip  # noqa: F401 - after what it register
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionTransferLoss",
     "FeaturePair",
     "HardTeacherCrossEntropy",
     "LinearProjector",

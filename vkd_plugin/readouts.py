@@ -1,4 +1,4 @@
-"""Readouts: from what a layer puts out to the (N, C) rows that a projector and a loss work on.
+"""Readouts: from what a layer puts out to the (N, C) rows, or the attention maps, that a projector or a loss works on.
 
 A convolutional teacher puts out feature maps (B, C, H, W), a transformer student tokens (B, T, C) whose
 first ``num_prefix_tokens`` are class and distillation tokens. A readout says which rows are compared.
@@ -6,12 +6,14 @@ first ``num_prefix_tokens`` are class and distillation tokens. A readout says wh
 Legend: B images, T tokens (prefix tokens included), H x W locations, C channels.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .arguments import one_of
+from .numerics import at_least_float32
 
 
 def _check(x: Tensor, dims: int, layout: str, name: str) -> None:
@@ -69,16 +71,41 @@ def every_location(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def attention_map(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, C, H, W) to (B, H, W): the mean over channels of squares, in float32 or wider.
+
+    How strongly each location is attended to (Zagoruyko, Komodakis, ICLR 2017, section 3.1: the sum of squares).
+    """
+    _check(x, 4, "a feature map (B, C, H, W)", "attention_map")
+    return at_least_float32(x).square().mean(dim=1)
+
+
+def token_attention_map(x: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+    """(B, T, C) to (B, n, n): :func:`attention_map` of the n * n patch tokens, in row-major order on a square.
+
+    Behind a LayerNorm nearly all tokens have the same sum of squares: read the blocks' output, not the norm's.
+    """
+    patches = _patch_tokens(x, num_prefix_tokens, "token_attention_map")
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        raise ValueError(
+            f"readout 'token_attention_map' reads patch tokens that make a square, got {patches.shape[1]} "
+            f"behind num_prefix_tokens={num_prefix_tokens}"
+        )
+    return at_least_float32(patches).square().mean(dim=2).unflatten(1, (side, side))
+
+
 READOUTS: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
         identity, mean_patch_tokens, class_token, distillation_token, every_token, spatial_mean, every_location,
+        attention_map, token_attention_map,
     )
 }  # fmt: skip
 
 
 # Those that leave prefix tokens out, and so have to be told how many there are.
-PREFIX_READOUTS = ("mean_patch_tokens", "every_token")
+PREFIX_READOUTS = ("mean_patch_tokens", "every_token", "token_attention_map")
 
 
 def get_readout(name: str) -> Callable[..., Tensor]:

@@ -6,12 +6,13 @@ they are, and hooks name one head of a student with several (``model.head``, ``m
 
 from torchdistill.losses.registry import register_loss_wrapper, register_low_level_loss, register_mid_level_loss
 
+from .attention_transfer import AttentionTransferLoss
 from .feature_pair import FeaturePair
 from .soft_target import HardTeacherCrossEntropy, SoftTargetCrossEntropy, SoftTargetKLLoss
 from .token_matching import TokenMatchingLoss
 from .vkd import VkDLoss
 
-for _loss in (VkDLoss, SoftTargetCrossEntropy, SoftTargetKLLoss, HardTeacherCrossEntropy):
+for _loss in (VkDLoss, SoftTargetCrossEntropy, SoftTargetKLLoss, HardTeacherCrossEntropy, AttentionTransferLoss):
     register_low_level_loss(_loss)
 register_loss_wrapper(FeaturePair)
 register_mid_level_loss(TokenMatchingLoss)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,59 @@ def test_a_row_that_is_none(table: Path, capsys: pytest.CaptureFixture[str], nam
     table.write_text(TABLE.replace("paired_with: 'linear'", f"paired_with: {name}"))
     assert main(["table", str(table)]) == 2
     assert capsys.readouterr().err.startswith(f"error: table.yaml:4:14: {message}")
+
+
+OWN = TABLE.replace("    set: ['a.b=1']\n", "    set: ['a.b=1']\n    paired_with: 'released'\n").replace(
+    "  - name: 'others'", "  - {name: 'released', config: 'experiment.yaml', set: ['a.b=2']}\n  - name: 'others'"
+)
+
+
+def test_a_row_names_another_row_than_the_table(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table.write_text(OWN)
+    folder = Path("runs/tables/table/released/seed1")
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({"top1": 88.0, "loss": 0.1}))
+    assert main(["table", str(table), "--md"]) == 0
+    page = capsys.readouterr().out.split("\n\n")
+    header, _, *lines = page[0].splitlines()
+    titles = [title.strip() for title in header.split("|")]
+    column = titles.index("top-1 paired difference")
+    cells = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in lines}
+    assert re.fullmatch(r"\+1\.75 \(p 0\.\d{3}\) \\\[1\\\]", cells["orthogonal"])
+    assert cells["linear"] == r"+2.50 \[2\]"  # the one seed of both
+    assert cells["released"] == r"-2.50 \[1\]"
+    assert cells["others"] == "-"
+    assert "1. against linear\n2. against released" in page[1]
+
+    assert main(["table", str(table), "--csv"]) == 0
+    bases = {line["row"]: line["paired_with"] for line in csv.DictReader(io.StringIO(capsys.readouterr().out))}
+    assert bases == {"orthogonal": "linear", "linear": "released", "released": "linear", "others": ""}
+
+
+def test_one_partner_for_all_needs_no_footnote(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = TABLE.replace("paired_with: 'linear'\n", "")
+    table.write_text(lines.replace("  - name: 'orthogonal'\n", "  - name: 'orthogonal'\n    paired_with: 'linear'\n"))
+    assert main(["table", str(table), "--md"]) == 0
+    page = capsys.readouterr().out
+    assert "top-1 against linear" in page
+    assert "1. against" not in page
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("    paired_with: 'lineer'", "no row 'lineer' with an experiment in the table (did you mean 'linear'?)"),
+        ("    paired_with: 'others'", "no row 'others' with an experiment in the table"),
+        ("    paired_with: [linear]", "'paired_with' should be text"),
+    ],
+)
+def test_a_rows_partner_that_is_none(table: Path, capsys: pytest.CaptureFixture[str], row: str, message: str) -> None:
+    table.write_text(TABLE.replace("  - name: 'orthogonal'\n", f"  - name: 'orthogonal'\n{row}\n"))
+    assert main(["table", str(table)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: table.yaml:7:18: {message}")
+
+
+def test_a_published_figure_is_not_compared(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table.write_text(TABLE + "    paired_with: 'linear'\n")
+    assert main(["table", str(table)]) == 2
+    assert "'paired_with' means nothing in a row without 'config'" in capsys.readouterr().err

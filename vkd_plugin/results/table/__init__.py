@@ -13,7 +13,7 @@
       - name: 'VkD, Cayley map'
         config: 'configs/ilsvrc2012/vkd/student_from_teacher.yaml'
         set: ['train.student.auxiliary_model_wrapper.kwargs.features.tokens.projector.orthogonal_map=cayley']
-        seeds: [0]                     # instead of the table's; metric as well
+        seeds: [0]                     # instead of the table's; metric and paired_with as well
         published: {value: 78.3, source: 'the paper, Table 2', verified: True}
         note: 'printed below the table, with the row named'
       - name: 'another method'         # a row without config shows what others have published

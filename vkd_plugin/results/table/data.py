@@ -56,6 +56,7 @@ class Row:
         overrides: ``a.b.c=value`` each.
         has_teacher: whether the experiment has one.
         saved: the key under ``models`` of a student that the experiment saves at a ``dst_ckpt``, else None.
+        paired_with: name of the row that it is compared with, instead of the table's.
         where: ``FILE:LINE:COLUMN`` of the row.
         set_at: the same for each of ``overrides``.
     """
@@ -69,6 +70,7 @@ class Row:
     note: str | None = None
     has_teacher: bool = False
     saved: str | None = None
+    paired_with: str | None = None
     where: str = ""
     set_at: tuple[str, ...] = ()
 
@@ -123,7 +125,7 @@ class Table:
     """A table, and where its runs live: ``<home>/<file stem>/<row>/seed<N>``.
 
     Attributes:
-        paired_with: name of the row that the others are compared with, seed by seed.
+        paired_with: name of the row that the others are compared with, seed by seed, unless they name another.
         home: of the runs of all tables.
     """
 
@@ -141,6 +143,11 @@ class Table:
             return []
         folder = self.home / self.path.stem / row.slug
         return [Run(row, seed, folder / f"seed{seed}", row.config) for seed in row.seeds]
+
+    def base(self, row: Row) -> str | None:
+        """Name of the row that ``row`` is compared with; None for no other, and where nothing can be compared."""
+        name = row.paired_with or self.paired_with
+        return None if name == row.name or row.config is None else name
 
     def all_runs(self) -> Iterator[Run]:
         """Of all rows, in order."""

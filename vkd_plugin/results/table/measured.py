@@ -25,7 +25,8 @@ class Cell:
     Attributes:
         by_seed: a value of each seed that has run.
         published: None where nobody has published one.
-        paired: against the same column of the row that the table names; None where there is nothing to compare.
+        paired: against the same column of the row that the table or this row names; None where there is none, or nothing
+            to compare.
     """
 
     column: Column
@@ -79,8 +80,9 @@ def measure(table: Table) -> list[Line]:
         UserError: a summary that cannot be read, or has no such metric.
     """
     lines = [_line(table, row) for row in table.rows]
-    base = next((line for line in lines if line.row.name == table.paired_with), None)
-    return lines if base is None else [line if line is base else _compared(line, base) for line in lines]
+    by_name = {line.row.name: line for line in lines}
+    bases = [table.base(line.row) for line in lines]
+    return [line if base is None else _compared(line, by_name[base]) for line, base in zip(lines, bases, strict=True)]
 
 
 def missing_runs(table: Table) -> list[Run]:

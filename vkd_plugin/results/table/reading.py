@@ -1,7 +1,7 @@
 """From a table file to a :class:`Table`; everything that is wrong with the file is found at once."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .data import Column, Figure, Published, Row, Table
 T = TypeVar("T")
 
 _TABLE_KEYS = ("title", "metric", "seeds", "notes", "paired_with", "rows")
-_ROW_KEYS = ("name", "config", "set", "seeds", "metric", "published", "note")
+_ROW_KEYS = ("name", "config", "set", "seeds", "metric", "paired_with", "published", "note")
 _PUBLISHED_KEYS = ("value", "source", "verified")
 
 
@@ -68,6 +68,7 @@ class _Reader:
     def __init__(self) -> None:
         self.problems = Problems()
         self.models = cache(_models)  # many rows, few experiments
+        self.pairs: list[yaml.Node] = []  # names of rows, to be looked up when all rows are known
 
     def table(self, path: Path, node: yaml.Node) -> Table:
         keys, _ = self.keys(node, "a table", _TABLE_KEYS, ("title", "metric", "rows"))
@@ -91,6 +92,8 @@ class _Reader:
             if row.slug in slugs:
                 self.problems.add(f"two rows are named '{row.name}' (both have the folder {row.slug})", row.where)
             slugs |= {row.slug} - {""}
+        for name in self.pairs:
+            self.get({"paired_with": name}, "paired_with", lambda value: _row_to_pair_with(value, rows))
         return tuple(rows)
 
     def row(self, node: yaml.Node, columns: tuple[Column, ...], seeds: tuple[int, ...]) -> Row:
@@ -99,13 +102,15 @@ class _Reader:
         if isinstance(node, yaml.MappingNode) and "config" not in {*keys, *misspelt}:
             if "published" not in {*keys, *misspelt}:
                 self.add("a row needs 'config' (an experiment) or 'published' (a figure of others)", node)
-            for key in ("set", "seeds", "metric"):
+            for key in ("set", "seeds", "metric", "paired_with"):
                 if key in keys:
                     self.add(f"'{key}' means nothing in a row without 'config'", keys[key])
         config = self.get(keys, "config", _experiment)
         overrides = self.get(keys, "set", values.overrides) or []
         models = self.models(config) if config else {}
         student = "student_model" if "student_model" in models else "model"
+        if config and "paired_with" in keys:
+            self.pairs.append(keys["paired_with"])
         return Row(
             name=self.get(keys, "name", lambda value: values.text(value, "'name'")) or "",
             columns=self.get(keys, "metric", lambda value: _own_columns(value, columns)) or columns,
@@ -116,6 +121,7 @@ class _Reader:
             note=self.get(keys, "note", lambda value: values.text(value, "'note'")),
             has_teacher="teacher_model" in models,
             saved=student if models.get(student) else None,
+            paired_with=self.get(keys, "paired_with", lambda value: values.text(value, "'paired_with'")),
             where=where,
             set_at=tuple(where for _, where in overrides),
         )
@@ -221,7 +227,7 @@ def _named(
     return found
 
 
-def _row_to_pair_with(node: yaml.Node, rows: tuple[Row, ...]) -> str:
+def _row_to_pair_with(node: yaml.Node, rows: Sequence[Row]) -> str:
     """The name of a row that has runs."""
     name = values.text(node, "'paired_with'")
     names = [row.name for row in rows if row.config]

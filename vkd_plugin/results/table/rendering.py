@@ -85,7 +85,7 @@ def _page(table: Table, lines: list[Line]) -> _Page:
     page = _Page(table.title, ["", *titles, "seeds", *(["minutes per run"] if runs else [])], notes=table.notes)
     for line in lines:
         cells = [line.row.name + page.mark(line.row.note)]
-        cells += [_text(page, line.row, line.cells[index], kind) for index, kind in shown]
+        cells += [_text(page, table, line.row, line.cells[index], kind) for index, kind in shown]
         cells += [_seeds(line), *([_figure(line.minutes, ".1f")] if runs else [])]
         page.lines.append(cells)
         page.commands += map(_command, line.missing)
@@ -99,7 +99,7 @@ def _kinds(table: Table, index: int) -> list[str]:
     kinds = ["measured"] if any(row.config for row in table.rows) else []
     kinds += ["published"] if published else []
     kinds += ["difference"] if any(row.config for row in published) else []
-    return kinds + (["paired"] if table.paired_with else [])
+    return kinds + (["paired"] if _bases(table) else [])
 
 
 def _heading(table: Table, index: int, kind: str) -> str:
@@ -107,17 +107,25 @@ def _heading(table: Table, index: int, kind: str) -> str:
     if kind == "measured":
         return title
     if kind == "paired":
-        return f"{'' if len(table.columns) == 1 else f'{title} '}against {table.paired_with}"
+        bases = _bases(table)
+        what = f"against {bases.pop()}" if len(bases) == 1 else "paired difference"
+        return what if len(table.columns) == 1 else f"{title} {what}"
     return kind if len(table.columns) == 1 and any(row.config for row in table.rows) else f"{title} {kind}"
 
 
-def _text(page: _Page, row: Row, cell: Cell, kind: str) -> str:
+def _bases(table: Table) -> set[str]:
+    """Names of the rows that others are compared with."""
+    return {base for row in table.rows if (base := table.base(row))}
+
+
+def _text(page: _Page, table: Table, row: Row, cell: Cell, kind: str) -> str:
     if kind == "measured":
         return _figure(cell.mean, ".2f") + ("" if cell.deviation is None else f" ± {cell.deviation:.2f}")
     if kind == "difference":
         return _figure(cell.difference, "+.2f")
     if kind == "paired":
-        return _paired(cell.paired)
+        several = cell.paired is not None and len(_bases(table)) > 1
+        return _paired(cell.paired) + page.mark(f"against {table.base(row)}" if several else None)
     if row.published is None or cell.published is None:
         return "-"
     return f"{cell.published.text}{'' if row.published.verified else ' unverified'}{page.mark(row.published.source)}"
@@ -226,7 +234,7 @@ def _csv(table: Table, lines: list[Line]) -> str:
                     str(source.verified).lower() if source else None,
                     source.source if source else None,
                     cell.difference,
-                    table.paired_with,
+                    table.base(row),
                     cell.paired.difference if cell.paired else None,
                     cell.paired.p if cell.paired else None,
                     cell.paired.n if cell.paired else None,

@@ -25,7 +25,7 @@ class Cell:
     Attributes:
         by_seed: a value of each seed that has run.
         published: None where nobody has published one.
-        paired: against the same column of the row that the table or this row names; None where there is none, or nothing
+        paired: against the same column of the row that the table or the row itself names; None where there is nothing
             to compare.
     """
 

@@ -1,13 +1,16 @@
-"""Draws the figures of docs/study.md from the runs of configs/tables/fashion_mnist_methods.yaml.
+"""Draws the figures of docs/study.md.
 
     pip install -e '.[figures]'
+    python docs/study_figures.py results
     python run.py table configs/tables/fashion_mnist_methods.yaml --run
     python docs/study_figures.py
 
-What they show is computed as for ``run.py report``, which shows the same of any run.
+``results`` are drawn from the runs' summary.json in docs/study. The others need the runs' whole folders, and are
+computed as for ``run.py report``, which shows the same of any run.
 """
 
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,9 +22,12 @@ from vkd_plugin.results.landscape import SIZES, landscape
 from vkd_plugin.results.opened import opened
 from vkd_plugin.results.runs import Run, read_runs
 from vkd_plugin.results.table import load_table
+from vkd_plugin.results.table.measured import measure
 
 TABLE = "configs/tables/fashion_mnist_methods.yaml"
+DATA = "configs/tables/fashion_mnist_data.yaml"
 FOLDER = Path("docs/figures")
+SUMMARIES = Path("docs/study")
 ORTHOGONAL = "logits + orthogonal projector (VkD)"
 PROJECTORS = {
     ORTHOGONAL: ("orthogonal", "#0072b2"),
@@ -32,8 +38,12 @@ PROJECTORS = {
 
 
 def main() -> None:
-    """Writes all of them."""
+    """Writes all of them, or those that need the results alone."""
     FOLDER.mkdir(exist_ok=True)
+    accuracies()
+    train_set_sizes()
+    if sys.argv[1:] == ["results"]:
+        return
     table = load_table(TABLE)
     folders = {row.name: [str(run.folder) for run in table.runs(row)] for row in table.rows}
     runs = {name: read_runs(folders[name]) for name in PROJECTORS}
@@ -41,6 +51,42 @@ def main() -> None:
     orthogonality(runs[ORTHOGONAL])
     embeddings({name: runs[name][0] for name in list(PROJECTORS)[:2]})
     sensitivity({name: runs[name][0] for name in list(PROJECTORS)[:2]})
+
+
+def accuracies() -> None:
+    """Test accuracy of each method: every seed, and the mean."""
+    lines = measure(load_table(TABLE, SUMMARIES))
+    figure, axes = plt.subplots(figsize=(7, 3.6))
+    for height, line in enumerate(reversed(lines)):
+        colour = "#0072b2" if line.row.name == ORTHOGONAL else "#6b7280"
+        values = line.cells[0].values
+        axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, markersize=5, markeredgewidth=0)
+        axes.plot(line.cells[0].mean, height, "|", color=colour, markersize=14, markeredgewidth=2.5)
+    axes.set(xlabel="test top-1 (%)", yticks=range(len(lines)))
+    axes.set_yticklabels([line.row.name for line in reversed(lines)])
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, "study_methods.svg")
+
+
+def train_set_sizes() -> None:
+    """Test accuracy by the number of training images, means and standard deviations over seeds."""
+    by_method: dict[str, list[tuple[float, float, float]]] = {}
+    for line in measure(load_table(DATA, SUMMARIES)):
+        (cell,) = line.cells
+        size, _, method = line.row.name.partition(" %: ")
+        if cell.mean is not None:
+            by_method.setdefault(method, []).append((float(size), cell.mean, cell.deviation or 0.0))
+    figure, axes = plt.subplots(figsize=(4.8, 3.4))
+    colours = ("#6b7280", "#009e73", "#d55e00", "#0072b2")
+    for shift, (colour, (method, points)) in enumerate(zip(colours, by_method.items(), strict=True)):
+        sizes, means, deviations = np.array(points).T
+        apart = sizes * 1.03 ** (shift - 1.5)  # bars beside each other
+        axes.errorbar(apart, means, deviations, color=colour, label=method, marker="o", markersize=4, capsize=2)
+    axes.set(xscale="log", xlabel="training images (%)", ylabel="test top-1 (%)", xticks=[5, 10, 20, 100])
+    axes.set_xticklabels(["5", "10", "20", "100"])
+    axes.minorticks_off()
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, "study_data.svg")
 
 
 def convergence(runs: dict[str, list[Run]]) -> None:

@@ -40,7 +40,7 @@ def written_anew(page: str) -> str:
     def table(match: re.Match[str]) -> str:
         return f"<!-- {match['name']} -->\n\n{MAKERS[match['name']]()}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (?P<name>(?!end)[\w ]+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
+    return re.sub(r"<!-- (?P<name>(?!end)[\w -]+) -->.*?<!-- end -->", table, page, flags=re.DOTALL)
 
 
 def methods() -> str:
@@ -88,12 +88,20 @@ def data() -> str:
     return markdown(["", *SIZES], rows)
 
 
+def followup() -> str:
+    """What was run to find reasons."""
+    lines = lines_of("fashion_mnist_followup")
+    rows = [[line.row.name, accuracy(line), difference(line)] for line in lines.values()]
+    return markdown(["", "test top-1, five seeds", "against the linear projector above it"], rows)
+
+
 MAKERS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "tuning": tuning,
     "projector by normalisation": grid,
     "short tuning": short_tuning,
     "train-set size": data,
+    "follow-up": followup,
 }
 
 

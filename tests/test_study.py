@@ -1,4 +1,4 @@
-"""The study's page, tables and runs fit each other: nothing in it is typed by hand, and all methods are tuned alike."""
+"""The study's page, tables and runs fit each other: no table is typed by hand, and all methods are tuned alike."""
 
 import importlib.util
 import json

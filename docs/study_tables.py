@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vkd_plugin.results.table import load_table
 from vkd_plugin.results.table.measured import Line, measure
+from vkd_plugin.results.table.rendering import measured_text, paired_text
 
 HOME = Path(__file__).parent / "study"
 PAGE = Path(__file__).parent / "study.md"
@@ -128,20 +129,13 @@ def by_weight(table: str, short: dict[str, str] | None = None) -> str:
 
 def accuracy(line: Line) -> str:
     """Mean and standard deviation; how many seeds have run where some are missing."""
-    (cell,) = line.cells
-    if cell.mean is None:
-        return "-"
-    deviation = "" if cell.deviation is None else f" ± {cell.deviation:.2f}"
-    return f"{cell.mean:.2f}{deviation}" + (f" ({line.done} of {len(line.row.seeds)} seeds)" if line.missing else "")
+    seeds = f" ({line.done} of {len(line.row.seeds)} seeds)" if line.done and line.missing else ""
+    return measured_text(line.cells[0]) + seeds
 
 
 def difference(line: Line) -> str:
     """To the row that it is compared with, and p of the paired t-test."""
-    paired = line.cells[0].paired
-    if paired is None:
-        return "-"
-    chance = "" if paired.p is None else " (p < 0.001)" if paired.p < 0.001 else f" (p {paired.p:.3f})"
-    return f"{paired.difference:+.2f}{chance}"
+    return paired_text(line.cells[0].paired)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

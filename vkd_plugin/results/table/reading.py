@@ -109,7 +109,8 @@ class _Reader:
         overrides = self.get(keys, "set", values.overrides) or []
         models = self.models(config) if config else {}
         student = "student_model" if "student_model" in models else "model"
-        if config and "paired_with" in keys:
+        paired_with = self.get(keys, "paired_with", lambda value: values.text(value, "'paired_with'"))
+        if config and paired_with is not None:
             self.pairs.append(keys["paired_with"])
         return Row(
             name=self.get(keys, "name", lambda value: values.text(value, "'name'")) or "",
@@ -121,7 +122,7 @@ class _Reader:
             note=self.get(keys, "note", lambda value: values.text(value, "'note'")),
             has_teacher="teacher_model" in models,
             saved=student if models.get(student) else None,
-            paired_with=self.get(keys, "paired_with", lambda value: values.text(value, "'paired_with'")),
+            paired_with=paired_with,
             where=where,
             set_at=tuple(where for _, where in overrides),
         )

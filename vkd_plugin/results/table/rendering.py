@@ -120,18 +120,24 @@ def _bases(table: Table) -> set[str]:
 
 def _text(page: _Page, table: Table, row: Row, cell: Cell, kind: str) -> str:
     if kind == "measured":
-        return _figure(cell.mean, ".2f") + ("" if cell.deviation is None else f" ± {cell.deviation:.2f}")
+        return measured_text(cell)
     if kind == "difference":
         return _figure(cell.difference, "+.2f")
     if kind == "paired":
         several = cell.paired is not None and len(_bases(table)) > 1
-        return _paired(cell.paired) + page.mark(f"against {table.base(row)}" if several else None)
+        return paired_text(cell.paired) + page.mark(f"against {table.base(row)}" if several else None)
     if row.published is None or cell.published is None:
         return "-"
     return f"{cell.published.text}{'' if row.published.verified else ' unverified'}{page.mark(row.published.source)}"
 
 
-def _paired(found: Paired | None) -> str:
+def measured_text(cell: Cell) -> str:
+    """Mean and standard deviation."""
+    return _figure(cell.mean, ".2f") + ("" if cell.deviation is None else f" ± {cell.deviation:.2f}")
+
+
+def paired_text(found: Paired | None) -> str:
+    """The difference, and p of the t-test."""
     if found is None:
         return "-"
     chance = "" if found.p is None else f" (p {'< 0.001' if found.p < 0.001 else f'{found.p:.3f}'})"

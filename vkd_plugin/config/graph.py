@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from vkd_plugin.config.nodes import (
-    TorchdistillLoader,
+    NodeConstructor,
     children,
     is_active,
     is_private,
@@ -52,7 +52,7 @@ def check_graph(root: yaml.Node, problems: Problems) -> None:
         if node.tag.startswith("!"):
             if node.tag not in tags:
                 problems.add(f"unknown tag '{node.tag}'{nearest(node.tag, tags)}", where)
-        elif node.tag not in TorchdistillLoader.yaml_constructors and node.tag != MERGE_TAG:
+        elif node.tag not in NodeConstructor.yaml_constructors and node.tag != MERGE_TAG:
             written = node.tag.replace("tag:yaml.org,2002:", "!!")
             why = "refused, it runs code" if written.startswith("!!python/") else "unknown"
             problems.add(f"tag '{written}': {why}", where)
@@ -78,7 +78,7 @@ def _unreadable(node: yaml.ScalarNode) -> str | None:
     if node.tag == MERGE_TAG:
         return None
     try:
-        TorchdistillLoader("").construct_document(node)
+        NodeConstructor().construct_document(node)
     except yaml.MarkedYAMLError as error:
         return f"cannot read '{node.value}': {error.problem}"
     except ValueError as error:
@@ -103,7 +103,7 @@ def _check_duplicates(node: yaml.MappingNode, problems: Problems) -> None:
 
 def merge_all(root: yaml.Node) -> None:
     """Writes out every ``<<`` in place, as FullLoader does on construction, without what was overridden."""
-    loader = TorchdistillLoader("")
+    loader = NodeConstructor()
     done: set[int] = set()
 
     def visit(node: yaml.Node) -> None:

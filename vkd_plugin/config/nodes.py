@@ -70,6 +70,17 @@ def _construct_str(loader: TorchdistillLoader, node: yaml.ScalarNode) -> str:
 TorchdistillLoader.add_constructor(STR_TAG, _construct_str)
 
 
+class NodeConstructor(yaml.constructor.FullConstructor):
+    """What :class:`TorchdistillLoader` makes of nodes that are there, without what it reads text with.
+
+    Every key and value of a file is made so, several times; setting up the reader, the scanner and the parser took
+    twice as long as that.
+    """
+
+    yaml_constructors = TorchdistillLoader.yaml_constructors
+    yaml_multi_constructors = TorchdistillLoader.yaml_multi_constructors
+
+
 def unset_variable(text: str) -> str | None:
     """The first environment variable that ``text`` needs and that is not set."""
     try:
@@ -117,7 +128,7 @@ def plain_value(node: yaml.Node) -> Any:
     try:
         if _runs_code(node):
             return OPAQUE
-        return TorchdistillLoader("").construct_document(node)
+        return NodeConstructor().construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return OPAQUE
 

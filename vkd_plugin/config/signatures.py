@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -131,10 +132,7 @@ def _from_init(cls: type, start: int) -> Keywords:
 
 def _from_kwargs(function: Callable[..., Any], cls: type | None, place: int) -> Keywords:
     """What ``function`` reads from its ``**kwargs``; ``cls`` and ``place`` say what ``super()`` is."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
-        return Keywords(open=True)
+    tree = _source(function)
     if not isinstance(tree, ast.FunctionDef) or tree.args.kwarg is None:
         return Keywords(open=True)
     name = tree.args.kwarg.arg
@@ -158,6 +156,15 @@ def _from_kwargs(function: Callable[..., Any], cls: type | None, place: int) -> 
     uses = sum(1 for node in ast.walk(tree) if _is_name(node, name))
     result.drops = drops
     return result if uses == understood else Keywords(open=True)
+
+
+@lru_cache(maxsize=1024)  # one experiment asks for the same losses and models again and again
+def _source(function: Callable[..., Any]) -> ast.stmt | None:
+    """The definition of ``function``, to be read only; None where there is no source."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
 
 
 def _from_callee(call: ast.Call, function: Callable[..., Any], cls: type | None, place: int) -> Keywords | None:

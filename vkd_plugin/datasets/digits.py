@@ -4,6 +4,7 @@ Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machin
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -62,19 +63,26 @@ class Digits(GreyImages):
     ) -> None:
         one_of("split of Digits", split, ("train", "test"))
         check_fraction(split, fraction)
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ImportError("Digits needs scikit-learn: pip install scikit-learn") from error
-        data = load_digits()
+        all_images, labels = _all_digits()
         kept: list[int] = []
         for label in range(10):
-            members = np.flatnonzero(data.target == label).tolist()
+            members = np.flatnonzero(labels == label).tolist()
             test = {members[i * len(members) // _TEST_PER_CLASS] for i in range(_TEST_PER_CLASS)}
             if split == "test":
                 kept += test
             else:
                 kept += kept_fraction(shuffled(sorted(set(members) - test), seed), fraction)
         kept.sort()
-        images = np.rint(data.images[kept] * (255 / 16)).astype(np.uint8)
-        super().__init__(images, data.target[kept].tolist(), [*map(str, range(10))], transform, target_transform)
+        images = np.rint(all_images[kept] * (255 / 16)).astype(np.uint8)
+        super().__init__(images, labels[kept].tolist(), [*map(str, range(10))], transform, target_transform)
+
+
+@cache  # an experiment has three splits of them, and scikit-learn keeps them as text
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(1797, 8, 8) grey levels from 0 to 16 and (1797,) labels; to be read only."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("Digits needs scikit-learn: pip install scikit-learn") from error
+    data = load_digits()
+    return data.images, data.target

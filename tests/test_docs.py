@@ -2,9 +2,10 @@
 
 Each document is done from its beginning to its end, in a folder with copies of ``run.py`` and ``configs``. Commands of
 ``run.py`` run in this process, and where they train on digits, that is made :data:`SHORT` behind the command
-line's back, so that tables and summaries know nothing of it. Left to the slow tests are ``torchrun`` (with two
-processes), reports, and the README's two tables of 25 runs each. Nothing is run of :data:`SETTING_UP`, nor of blocks
-that are marked with one of :data:`NOT_TESTED`.
+line's back, so that tables and summaries know nothing of it. Left to the slow tests is what begins with one of
+:data:`SLOW`: ``torchrun`` (with two processes), reports, the README's two tables of 25 runs each, and the check of an
+experiment with two large detectors. Nothing is run of :data:`SETTING_UP`, nor of blocks that are marked with one of
+:data:`NOT_TESTED`.
 """
 
 import os
@@ -31,6 +32,12 @@ BASE = (ROOT / "configs" / "digits" / "vkd" / "vit_from_cnn.yaml").read_text()
 
 SHORT = ["train.num_epochs=2", "datasets.digits/train.init.kwargs.fraction=0.1"]
 NOT_TESTED = {"for several nodes", "for a Slurm cluster", "it takes minutes"}
+SLOW = (
+    "torchrun",
+    "python run.py report",
+    "OMP_NUM_THREADS=1 python run.py table",
+    "python run.py check configs/coco2017/vkd/vidt_swin_nano_from_vidt_swin_base.yaml",
+)
 SETTING_UP = ("python3 -m venv", "pip install", "python -m pytest")
 EXAMPLES = "VKD_TORCHDISTILL_EXAMPLES"
 """Names the folder ``examples/torchvision`` of a checkout of torchdistill, whose script is run if it is there."""
@@ -110,8 +117,7 @@ def _do(document: str, session: Session) -> None:
 @pytest.mark.usefixtures("_short")
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_a_document(folder: Path, document: str) -> None:
-    slow = ("torchrun", "python run.py report", "OMP_NUM_THREADS=1 python run.py table")
-    instead = dict.fromkeys((*SETTING_UP, *slow), _nothing)
+    instead = dict.fromkeys((*SETTING_UP, *SLOW), _nothing)
     _do(document, Session(folder, BASE, instead | {"python torchdistill/": _torchdistill}))
 
 

@@ -935,6 +935,7 @@ def program(folder: Path, before: str) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_by_its_launcher(pair: Path, tmp_path: Path, draw: random.Random) -> None:
     """And the job goes on without being told to; what the folder held before is another matter."""
     rank = draw.randrange(2)

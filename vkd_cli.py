@@ -6,11 +6,13 @@ library alone. What the commands do is in :mod:`vkd_plugin.cli`.
 """
 
 import argparse
+import gc
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 _EXIT_BAD_INPUT = 2  # vkd_plugin.errors.EXIT_BAD_INPUT, which cannot be imported without the rest
@@ -197,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _EXIT_BAD_INPUT
         parser = _train() if command is None else _PARSERS[command]()
         options = parser.parse_args(arguments)
-        from vkd_plugin.cli import perform  # here: only now is torch needed
+        with _lasting(argv is None):
+            from vkd_plugin.cli import perform  # here: only now is torch needed
 
         return perform(command, options)
     except BrokenPipeError:  # `run.py list | head`
@@ -209,6 +212,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if argv is None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; the interpreter's end is not to be cut off
+
+
+@contextmanager
+def _lasting(own: bool) -> Iterator[None]:
+    """For imports, which make a million objects that stay: the garbage collector does not look through them meanwhile.
+
+    Nor does it later, and at the end. Data loaders' workers, which are forked, then share them instead of copying each
+    that their own collector has looked at.
+
+    Args:
+        own: whether the process is ours; another's collector is left as it is.
+    """
+    if own:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if own:
+            gc.enable()
+            gc.freeze()
 
 
 def _nearest(command: str) -> str:

@@ -1,5 +1,6 @@
 """Shared by all tests: no test leaves torchdistill's or torch's global state changed for the next."""
 
+import gc
 import os
 
 # For this process and those that tests start: models are small, and threads that wait for each other cost more.
@@ -34,6 +35,12 @@ LONGEST_FIRST = (
 def pytest_configure(config: pytest.Config) -> None:
     """``--dist loadfile`` takes the files as they are collected, and not those with most tests first."""
     config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays; the garbage collector is to leave it alone."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -156,6 +156,8 @@ def _serve() -> dict[str, Any] | None:
     with torch.no_grad(), Contents(real=False)():  # imports what a check needs
         torch.nn.Linear(2, 2)(torch.zeros(1, 2))
 
+    import frozen_helper  # noqa: F401
+
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = None

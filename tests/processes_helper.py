@@ -12,14 +12,22 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[1]
-_IMPORTED_ONCE = ["vkd_plugin.engine.run", "vkd_plugin.check", "sklearn.datasets", "torch.utils.tensorboard"]
+_IMPORTED_ONCE = [
+    "vkd_plugin.engine.run",
+    "vkd_plugin.check",
+    "sklearn.datasets",
+    "torch.utils.tensorboard",
+    "frozen_helper",
+]
 
 
 def work_together(function: Callable[..., None], arguments: tuple[Any, ...], number: int, seconds: float = 180) -> None:
@@ -115,6 +123,9 @@ def run_py(
 
 def _set_up_server() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED_ONCE)
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(folders)}):  # it does not know of ours
+        forkserver.ensure_running()
 
 
 def _with_one_thread(rank: int, function: Callable[..., None], arguments: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ import argparse
 import configparser
 import dataclasses
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -123,6 +124,23 @@ def test_a_check_imports_torch_once_and_nothing_for_other_experiments() -> None:
     assert {"torch", "torchdistill", "vkd_plugin", "vkd_cli"} <= checked.foreign
     needless = {"faster_coco_eval", "matplotlib", "onnx", "onnxruntime", "pandas", "plotly", "pycocotools", "scipy"}
     assert checked.foreign.isdisjoint(needless | {"sklearn", "tensorboard", "tensorflow"})
+
+
+def test_what_is_imported_is_left_alone_by_the_garbage_collector() -> None:
+    code = "import gc, vkd_cli; done = vkd_cli.main(); print(done, gc.isenabled(), gc.get_freeze_count() > 100_000)"
+    shown = ended("-c", code, "list", "projectors")
+    assert shown.out.splitlines()[-1] == "0 True True"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_of_others_is_theirs(enabled: bool) -> None:
+    before = gc.get_freeze_count()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        assert vkd_cli.main(["list", "projectors"]) == 0
+        assert (gc.isenabled(), gc.get_freeze_count()) == (enabled, before)
+    finally:
+        gc.enable()
 
 
 def test_arguments_reach_what_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _lasting(own: bool) -> Iterator[None]:
-    """For imports, which make a million objects that stay: the garbage collector does not look through them meanwhile.
+    """For imports, which make half a million objects that stay: the garbage collector does not look through them meanwhile.
 
     Nor does it later, and at the end. Data loaders' workers, which are forked, then share them instead of copying each
     that their own collector has looked at.

@@ -73,8 +73,8 @@ TorchdistillLoader.add_constructor(STR_TAG, _construct_str)
 class NodeConstructor(yaml.constructor.FullConstructor):
     """What :class:`TorchdistillLoader` makes of nodes that are there, without what it reads text with.
 
-    Every key and value of a file is made so, several times; setting up the reader, the scanner and the parser took
-    twice as long as that.
+    Every key and value of a file is made so, several times; setting up a reader, a scanner and a parser took as
+    long again.
     """
 
     yaml_constructors = TorchdistillLoader.yaml_constructors

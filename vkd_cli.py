@@ -216,10 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _lasting(own: bool) -> Iterator[None]:
-    """For imports, which make half a million objects that stay: the garbage collector does not look through them meanwhile.
+    """For imports, which make half a million objects that stay: the garbage collector does not look through them.
 
-    Nor does it later, and at the end. Data loaders' workers, which are forked, then share them instead of copying each
-    that their own collector has looked at.
+    It does so neither meanwhile nor later, up to the process's end. Data loaders' workers, which are forked, then share
+    them instead of copying each that their own collector has looked at.
 
     Args:
         own: whether the process is ours; another's collector is left as it is.

@@ -133,12 +133,12 @@ def test_what_is_imported_is_left_alone_by_the_garbage_collector() -> None:
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_garbage_collector_of_others_is_theirs(enabled: bool) -> None:
-    before = gc.get_freeze_count()
+def test_the_garbage_collector_of_others_is_theirs(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vkd_cli, "gc", None)  # no function of it is called
     (gc.enable if enabled else gc.disable)()
     try:
         assert vkd_cli.main(["list", "projectors"]) == 0
-        assert (gc.isenabled(), gc.get_freeze_count()) == (enabled, before)
+        assert gc.isenabled() == enabled
     finally:
         gc.enable()
 

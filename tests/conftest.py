@@ -1,6 +1,5 @@
 """Shared by all tests: no test leaves torchdistill's or torch's global state changed for the next."""
 
-import gc
 import os
 
 # For this process and those that tests start: models are small, and threads that wait for each other cost more.
@@ -39,8 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """What is there by now stays; the garbage collector is to leave it alone."""
-    gc.collect()
-    gc.freeze()
+    import frozen_helper  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

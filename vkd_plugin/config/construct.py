@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import yaml
 from torch import nn
 
-from vkd_plugin.config.nodes import ACTIVE_TAGS, TorchdistillLoader, children, entries, is_active, plain_value
+from vkd_plugin.config.nodes import ACTIVE_TAGS, NodeConstructor, children, entries, is_active, plain_value
 from vkd_plugin.config.problems import ConfigErrors
 from vkd_plugin.config.source import place, syntax_problem
 from vkd_plugin.config.trust import Trust, is_plain
@@ -32,7 +32,7 @@ class Refused(Exception):
     """What a tag was about to do is not to be trusted."""
 
 
-class _Constructor(TorchdistillLoader):
+class _Constructor(NodeConstructor):
     """PyYAML's constructor, which goes on after a failure: what a failed node is needed for is not built.
 
     Args:
@@ -41,7 +41,7 @@ class _Constructor(TorchdistillLoader):
     """
 
     def __init__(self, trust: Trust, build: Build) -> None:
-        super().__init__("")
+        super().__init__()
         self.trust = trust
         self.build = build
         self.failures: list[tuple[yaml.Node, Exception]] = []

@@ -30,8 +30,11 @@ ACTIVE_TAGS = {
 }
 
 
-class TorchdistillLoader(yaml.FullLoader):
-    """FullLoader with torchdistill's tags; torchdistill adds them to FullLoader itself, for all its users.
+class NodeConstructor(yaml.constructor.FullConstructor):
+    """FullLoader's constructor with torchdistill's tags; torchdistill adds them to FullLoader, for all its users.
+
+    It takes nodes, not text: every key and value of a file is made by one, several times, and setting up a reader, a
+    scanner and a parser for each took as long again.
 
     Text that is a path may begin with ``~/``, and name environment variables (:func:`expanded`). Without
     ``!!python/name:``, which finds whatever Python has imported.
@@ -41,7 +44,7 @@ class TorchdistillLoader(yaml.FullLoader):
 
 
 for _tag, _constructor in (TEXT_TAGS | ACTIVE_TAGS).items():
-    TorchdistillLoader.add_constructor(_tag, _constructor)
+    NodeConstructor.add_constructor(_tag, _constructor)
 
 # In a path: ${NAME} or ${NAME:-default} anywhere, $NAME only as a whole first part, so that other text keeps its $.
 _VARIABLE = re.compile(r"\$\{(?P<braced>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}|^\$(?P<plain>[A-Z_][A-Z0-9_]*)(?=/|$)")
@@ -63,22 +66,12 @@ def expanded(text: str) -> str:
     return os.path.expanduser(text) if text.startswith("~/") else text
 
 
-def _construct_str(loader: TorchdistillLoader, node: yaml.ScalarNode) -> str:
-    return expanded(loader.construct_scalar(node))
+def _construct_str(loader: Any, node: yaml.ScalarNode) -> str:
+    text: str = loader.construct_scalar(node)
+    return expanded(text)
 
 
-TorchdistillLoader.add_constructor(STR_TAG, _construct_str)
-
-
-class NodeConstructor(yaml.constructor.FullConstructor):
-    """What :class:`TorchdistillLoader` makes of nodes that are there, without what it reads text with.
-
-    Every key and value of a file is made so, several times; setting up a reader, a scanner and a parser took as
-    long again.
-    """
-
-    yaml_constructors = TorchdistillLoader.yaml_constructors
-    yaml_multi_constructors = TorchdistillLoader.yaml_multi_constructors
+NodeConstructor.add_constructor(STR_TAG, _construct_str)
 
 
 def unset_variable(text: str) -> str | None:
@@ -102,7 +95,7 @@ OPAQUE = _Opaque()
 
 def known_tags() -> set[str]:
     """Tags that can be constructed, as they are written in a file."""
-    return {tag for tag in TorchdistillLoader.yaml_constructors if tag and tag.startswith("!")}
+    return {tag for tag in NodeConstructor.yaml_constructors if tag and tag.startswith("!")}
 
 
 def is_active(node: yaml.Node) -> bool:
